@@ -496,13 +496,15 @@ def train_classifier(
     """Train with Adam and cross-entropy on shuffled mini-batches, in place.
 
     Only parameters with `requires_grad` are trained. Every example is drawn once before any is
-    drawn again.
+    drawn again. The learning rate falls linearly from `lr` to zero, so that the result does not
+    hang on the last few batches.
 
     Returns:
         The loss of each batch, before the step it causes.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / batches)
     count, device = len(data.labels), data.labels.device
     epochs = math.ceil(batches * batch_size / count)
     order = torch.cat([torch.randperm(count, device=device) for _ in range(epochs)])
@@ -512,6 +514,7 @@ def train_classifier(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.detach())
     return torch.stack(losses).tolist()
 
@@ -611,5 +614,6 @@ def plot_errors_per_digit(errors: dict[str, torch.Tensor], colors: list, title: 
         ax.bar(np.arange(10) + offset, counts, width, color=color, label=name)
     ax.set(xticks=range(10), xlabel="true digit", ylabel="wrong answers", title=title, ylim=0)
     ax.grid(axis="x", visible=False)
-    ax.legend()
+    if len(errors) > 1:
+        ax.legend()
     plt.show()

@@ -1,0 +1,12 @@
+"""Settings for pytest. The kernels that run the notebooks inherit the environment."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores, and results repeat
+os.environ["TQDM_DISABLE"] = "1"
+
+
+def pytest_collectstart(collector):
+    """Let nbval compare no warnings: they differ between versions of the libraries."""
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare += ("stderr",)
