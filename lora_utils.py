@@ -84,7 +84,7 @@ class LoRAFactors(nn.Module):
 def _check_settings(shape: torch.Size, rank: int, alpha: float) -> None:
     if len(shape) != 2:
         raise ValueError(f"LoRA adapts a weight of 2 dimensions, this one has shape {tuple(shape)}")
-    if not isinstance(rank, int) or not 1 <= rank <= min(shape):
+    if type(rank) is not int or not 1 <= rank <= min(shape):
         raise ValueError(
             f"rank must be a whole number from 1 to {min(shape)} "
             f"for a weight of shape {tuple(shape)}, not {rank!r}"
@@ -146,12 +146,12 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> N
             name is "query" or ends in ".query".
 
     Raises:
-        ValueError: a target names no linear layer, a target already has LoRA, or the rank or
-            alpha is out of range. The model is then unchanged.
+        ValueError: a target names no linear layer, a target already has LoRA or another
+            parametrization, or the rank or alpha is out of range. The model is then unchanged.
     """
-    layers = _find_targets(model, targets)
+    layers, adapted = _find_targets(model, targets), lora_layers(model)
     for name, layer in layers.items():
-        if name in lora_layers(model):
+        if name in adapted:
             raise ValueError(f"{name} already has LoRA: call merge_lora or remove_lora first")
         _check_settings(layer.weight.shape, rank, alpha)
     model.requires_grad_(False)
@@ -161,20 +161,27 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> N
 
 def _find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
     """Return the linear layers that the targets name; of a `LoRALinear`, the one inside."""
-    linear = {}
+    adapted = lora_layers(model)
+    linear, inside = {}, set()
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             linear[name] = module.base
-        elif isinstance(module, nn.Linear) and module not in linear.values():
+            inside.add(module.base)
+        elif isinstance(module, nn.Linear) and module not in inside:
             linear[name] = module
+    linear.pop("", None)  # a model cannot replace itself, so it cannot be its own target
     if not isinstance(targets, list) or not targets:
         raise ValueError(f"targets must be a list of layer names, not {targets!r}")
     found = {}
     for target in targets:
         matches = {n: m for n, m in linear.items() if n == target or n.endswith(f".{target}")}
         if not matches:
-            raise ValueError(f"no linear layer is named {target!r}; there are {', '.join(linear)}")
+            names = ", ".join(linear) or "none"
+            raise ValueError(f"no linear layer is named {target!r}; there are {names}")
         found |= matches
+    for name, layer in found.items():
+        if parametrize.is_parametrized(layer, "weight") and name not in adapted:
+            raise ValueError(f"the weight of {name} has a parametrization that is not LoRA")
     return found
 
 
@@ -196,6 +203,12 @@ def _require_lora(model: nn.Module) -> dict[str, LoRAFactors]:
     if not layers:
         raise ValueError("the model has no LoRA layers: call add_lora first")
     return layers
+
+
+def _require_removable_lora(model: nn.Module) -> dict[str, LoRAFactors]:
+    if isinstance(model, LoRALinear):
+        raise ValueError("a LoRALinear cannot replace itself: hand over the model that holds it")
+    return _require_lora(model)
 
 
 def set_lora_strength(model: nn.Module, strength: float) -> None:
@@ -235,7 +248,7 @@ def merge_lora(model: nn.Module) -> None:
         ValueError: the model has no LoRA, or LoRA is switched off: merging would lose it. The
             model is then unchanged.
     """
-    layers = _require_lora(model)
+    layers = _require_removable_lora(model)
     for name, layer in layers.items():
         if layer.strength == 0:
             raise ValueError(f"LoRA is off in {name}: set its strength, or call remove_lora")
@@ -257,7 +270,7 @@ def remove_lora(model: nn.Module) -> None:
     Raises:
         ValueError: the model has no LoRA.
     """
-    for name, layer in _require_lora(model).items():
+    for name, layer in _require_removable_lora(model).items():
         if isinstance(layer, LoRALinear):
             model.set_submodule(name, layer.base)
         else:
@@ -342,7 +355,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         folder: created if missing; an adapter in it is replaced.
 
     Raises:
-        ValueError: the model has no LoRA, or its layers differ in rank or alpha.
+        ValueError: the model has no LoRA, its layers differ in rank or alpha, or their names
+            stand for other layers too.
         OSError: the folder cannot be written.
     """
     layers = _require_lora(model)
@@ -350,6 +364,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     if len(settings) > 1:
         raise ValueError(f"all layers must share one rank and one alpha, not {sorted(settings)}")
     [(rank, alpha)] = settings
+    if others := _find_targets(model, list(layers)).keys() - layers.keys():
+        raise ValueError(f"the names {list(layers)} stand for {sorted(others)} too")
     config = json.dumps(
         {
             "peft_type": "LORA",
@@ -367,11 +383,19 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     files = {CONFIG_FILE: config.encode(), WEIGHTS_FILE: weights}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    old_config = (folder / CONFIG_FILE).read_bytes() if (folder / CONFIG_FILE).exists() else None
     try:
         for name, content in files.items():
             (folder / f"{name}.tmp").write_bytes(content)
-        for name in files:
-            os.replace(folder / f"{name}.tmp", folder / name)
+        os.replace(folder / f"{CONFIG_FILE}.tmp", folder / CONFIG_FILE)
+        try:
+            os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
+        except OSError:  # put back the settings of the weights that stay
+            if old_config is None:
+                (folder / CONFIG_FILE).unlink()
+            else:
+                (folder / CONFIG_FILE).write_bytes(old_config)
+            raise
     finally:
         for name in files:
             (folder / f"{name}.tmp").unlink(missing_ok=True)
@@ -397,21 +421,24 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     expected = {}
     for name, layer in layers.items():
         _check_settings(layer.weight.shape, rank, alpha)
-        expected[f"{name}.lora_A"] = (rank, layer.in_features)
-        expected[f"{name}.lora_B"] = (layer.out_features, rank)
+        expected[_peft_name(f"{name}.lora_A")] = (rank, layer.in_features)
+        expected[_peft_name(f"{name}.lora_B")] = (layer.out_features, rank)
     _check_factors(tensors, expected)
     if lora_layers(model):
         remove_lora(model)
     add_lora(model, rank, alpha, list(layers))
-    load_lora_state_dict(model, tensors)
+    load_lora_state_dict(model, {n: tensors[_peft_name(n)] for n in lora_state_dict(model)})
 
 
 # Settings that change what an adapter computes without changing its tensors.
-NOT_PLAIN_LORA = ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+NOT_PLAIN_LORA = (
+    *("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"),
+    *("alora_invocation_tokens", "layer_replication"),
+)
 
 
 def _read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return the settings and the factors in an adapter's folder, checked against each other."""
+    """Return the settings and the tensors in an adapter's folder, checked against each other."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no adapter in {folder}: it has no file {name}")
@@ -424,13 +451,15 @@ def _read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"an adapter file in {folder} is damaged: {error}") from error
     if saved_config and json.loads(saved_config) != config:
         raise ValueError(f"{CONFIG_FILE} in {folder} is not the one saved with {WEIGHTS_FILE}")
-    lacking = {"peft_type", "r", "lora_alpha", "target_modules"} - config.keys()
-    if lacking or config["peft_type"] != "LORA":
+    needed = {"peft_type", "r", "lora_alpha", "target_modules"}
+    if not isinstance(config, dict) or needed - config.keys() or config["peft_type"] != "LORA":
         raise ValueError(f"{CONFIG_FILE} in {folder} does not describe a LoRA adapter")
-    if extras := [name for name in NOT_PLAIN_LORA if config.get(name)]:
+    extras = [name for name in NOT_PLAIN_LORA if config.get(name)]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        extras.append("init_lora_weights")  # PiSSA and its like change W₀ too
+    if extras:
         raise ValueError(f"the adapter in {folder} uses {', '.join(extras)}: not plain LoRA")
-    prefix, suffix = _peft_name("{}").split("{}")
-    return config, {n.removeprefix(prefix).removesuffix(suffix): t for n, t in tensors.items()}
+    return config, tensors
 
 
 # --------------------------------------------------------------------------------------
@@ -540,7 +569,9 @@ def check(claim: str, condition: bool) -> None:
 
 def compare(name: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
     """Print whether two tensors or arrays are equal, equal up to rounding, and how far apart."""
-    ours, reference = torch.as_tensor(ours), torch.as_tensor(reference)
+    ours, reference = (torch.as_tensor(t).detach().cpu().double() for t in (ours, reference))
+    if ours.shape != reference.shape:
+        raise ValueError(f"{name}: shapes {tuple(ours.shape)} and {tuple(reference.shape)} differ")
     difference = (ours - reference).abs().max().item()
     print(
         f"{name}: exact {torch.equal(ours, reference)} | approximate "
@@ -593,7 +624,8 @@ def show_images(images: torch.Tensor, titles: list[str], columns: int = 10) -> N
     _, axes = plt.subplots(rows, columns, figsize=(7, 7 / columns * rows * 1.3), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for ax, image, title in zip(axes.flat, torch.as_tensor(images).cpu(), titles, strict=False):
+    titled = zip(torch.as_tensor(images).cpu().numpy(), titles, strict=True)
+    for ax, (image, title) in zip(axes.flat, titled, strict=False):
         ax.imshow(image, cmap="gray")
         ax.set_title(title, fontsize=10, loc="center")
     plt.show()
@@ -611,7 +643,7 @@ def plot_errors_per_digit(errors: dict[str, torch.Tensor], colors: list, title: 
     width = 0.8 / len(errors)
     for i, ((name, counts), color) in enumerate(zip(errors.items(), colors, strict=True)):
         offset = (i - (len(errors) - 1) / 2) * width
-        ax.bar(np.arange(10) + offset, counts, width, color=color, label=name)
+        ax.bar(np.arange(10) + offset, counts.tolist(), width, color=color, label=name)
     ax.set(xticks=range(10), xlabel="true digit", ylabel="wrong answers", title=title, ylim=0)
     ax.grid(axis="x", visible=False)
     if len(errors) > 1:

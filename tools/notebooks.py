@@ -6,6 +6,7 @@ python tools/notebooks.py stamp               write REPOSITORY into badges, set-
 """
 
 import argparse
+import base64
 import os
 import re
 import sys
@@ -42,20 +43,28 @@ NOTEBOOK_METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-SOLUTION_METADATA = {"jupyter": {"source_hidden": True}, "cellView": "form"}  # Jupyter, Colab
+# Solutions are folded in Jupyter (the first entry) and in Colab (the second).
+SOLUTION_METADATA = {
+    "jupyter": {"source_hidden": True, "outputs_hidden": True},
+    "cellView": "form",
+}
 
-# nbconvert shows hidden sources in full; on our pages a click opens them.
+# nbconvert shows hidden cells in full; on our pages a click opens them.
 PAGE_TEMPLATE = """\
 {%- extends "lab/index.html.j2" -%}
-{%- block input_group -%}
+{%- block codecell -%}
 {%- if cell.metadata.get("jupyter", {}).get("source_hidden") -%}
-<details><summary class="jp-RenderedHTMLCommon">Solution</summary>{{ super() }}</details>
+<details><summary>Solution</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
-{%- endblock input_group -%}"""
+{%- endblock codecell -%}"""
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 BUILD = ROOT / "build"
+
+# The README's picture is a stored figure: this notebook's, of this cell.
+PICTURE = NOTEBOOKS / "picture.png"
+PICTURE_FROM = ("02_lora_regression", "plot")
 
 
 # The repository's address
@@ -128,9 +137,18 @@ def refresh(names: list[str]) -> bool:
         if execute(path.stem, notebook):
             clean(notebook)
             write(path, nbformat.writes(notebook) + "\n")
+            if path.stem == PICTURE_FROM[0]:
+                PICTURE.write_bytes(figure(notebook, PICTURE_FROM[1]))
         else:
             passed = False
     return passed
+
+
+def figure(notebook: nbformat.NotebookNode, cell_id: str) -> bytes:
+    """The PNG stored in the outputs of a cell."""
+    [cell] = [cell for cell in notebook.cells if cell.id == cell_id]
+    [png] = [out.data["image/png"] for out in cell.outputs if "image/png" in out.get("data", {})]
+    return base64.b64decode(png)
 
 
 def execute(name: str, notebook: nbformat.NotebookNode) -> bool:
