@@ -82,6 +82,7 @@ class LoRAFactors(nn.Module):
 
 
 def _check_settings(shape: torch.Size, rank: int, alpha: float) -> None:
+    """Raise a ValueError if a weight of this shape cannot have LoRA of this rank and alpha."""
     if len(shape) != 2:
         raise ValueError(f"LoRA adapts a weight of 2 dimensions, this one has shape {tuple(shape)}")
     if type(rank) is not int or not 1 <= rank <= min(shape):
@@ -186,7 +187,11 @@ def _find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRAFactors]:
-    """Return the LoRA factors of each adapted layer by the layer's name, in the model's order."""
+    """Return the LoRA factors of each adapted layer by the layer's name, in the model's order.
+
+    Raises:
+        ValueError: a parametrization of LoRA was registered twice on one layer.
+    """
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -194,11 +199,14 @@ def lora_layers(model: nn.Module) -> dict[str, LoRAFactors]:
         elif parametrize.is_parametrized(module, "weight"):
             for parametrization in module.parametrizations.weight:
                 if isinstance(parametrization, LoRAParametrization):
+                    if name in layers:
+                        raise ValueError(f"LoRA is registered twice on {name}")
                     layers[name] = parametrization
     return layers
 
 
 def _require_lora(model: nn.Module) -> dict[str, LoRAFactors]:
+    """Return the model's LoRA layers; raise a ValueError if it has none."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA layers: call add_lora first")
@@ -206,6 +214,7 @@ def _require_lora(model: nn.Module) -> dict[str, LoRAFactors]:
 
 
 def _require_removable_lora(model: nn.Module) -> dict[str, LoRAFactors]:
+    """Return the model's LoRA layers; raise a ValueError if they cannot be replaced."""
     if isinstance(model, LoRALinear):
         raise ValueError("a LoRALinear cannot replace itself: hand over the model that holds it")
     return _require_lora(model)
@@ -331,6 +340,7 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> No
 
 
 def _check_factors(state: dict[str, torch.Tensor], expected: dict[str, tuple]) -> None:
+    """Raise a ValueError unless the state has exactly the tensors that are expected, by shape."""
     if missing := sorted(expected.keys() - state.keys()):
         raise ValueError(f"the adapter lacks {', '.join(missing)}")
     if unknown := sorted(state.keys() - expected.keys()):
@@ -402,6 +412,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def _peft_name(name: str) -> str:
+    """Return the name that a factor has in PEFT's file."""
     return f"base_model.model.{name}.weight"
 
 
@@ -489,6 +500,7 @@ def load_mnist(device: torch.device) -> tuple[Digits, Digits]:
 
 
 def _load_digits(part: str, device: torch.device) -> Digits:
+    """Return the part "train" or "test", once its checksum has been compared."""
     raw = DATA / "MNIST" / "raw"
     advice = f"delete the files without .gz in {raw} and run again, or fetch the archives anew"
     try:
