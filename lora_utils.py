@@ -550,7 +550,7 @@ def train_classifier(
     epochs = math.ceil(batches * batch_size / count)
     order = torch.cat([torch.randperm(count, device=device) for _ in range(epochs)])
     losses = []
-    for batch in tqdm(order[: batches * batch_size].view(batches, batch_size)):
+    for batch in tqdm(order[: batches * batch_size].view(batches, batch_size), leave=False):
         loss = F.cross_entropy(model(data.images[batch]), data.labels[batch])
         optimizer.zero_grad()
         loss.backward()
