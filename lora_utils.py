@@ -314,8 +314,13 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the model has no LoRA.
     """
+    return {name: factor.detach().clone() for name, factor in _factors(model).items()}
+
+
+def _factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the factors themselves, named as by `lora_state_dict`."""
     return {
-        f"{name}.{factor}": getattr(layer, factor).detach().clone()
+        f"{name}.{factor}": getattr(layer, factor)
         for name, layer in _require_lora(model).items()
         for factor in ("lora_A", "lora_B")
     }
@@ -328,11 +333,7 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> No
         ValueError: the model has no LoRA, or a factor is missing, unknown or of another shape.
             The model is then unchanged.
     """
-    parameters = {
-        f"{name}.{factor}": getattr(layer, factor)
-        for name, layer in _require_lora(model).items()
-        for factor in ("lora_A", "lora_B")
-    }
+    parameters = _factors(model)
     _check_factors(state, {name: parameter.shape for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -438,7 +439,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     if lora_layers(model):
         remove_lora(model)
     add_lora(model, rank, alpha, list(layers))
-    load_lora_state_dict(model, {n: tensors[_peft_name(n)] for n in lora_state_dict(model)})
+    load_lora_state_dict(model, {n: tensors[_peft_name(n)] for n in _factors(model)})
 
 
 # Settings that change what an adapter computes without changing its tensors.
