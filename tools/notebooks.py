@@ -24,10 +24,12 @@ REPOSITORY = "https://github.com/OWNER/lora-notebooks"
 
 SETUP_CELL = """\
 # Find lora_utils.py: it lies one folder up or, in Colab, in a clone of the repository.
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads must not spin
 if "google.colab" in sys.modules and not Path("lora-notebooks").exists():
     address = "{repository}"
     subprocess.run(["git", "clone", "--depth", "1", address, "lora-notebooks"], check=True)
@@ -228,6 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all notebooks")
     options = parser.parse_args(arguments)
     os.environ["TQDM_DISABLE"] = "1"
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the set-up cell
     if options.command == "stamp":
         stamp()
         return 0
