@@ -24,14 +24,19 @@ from nbconvert.filters import strip_ansi
 from conventions import NOTEBOOK_METADATA, ROOT, SOLUTION_METADATA
 from stamp import write
 
-# nbconvert shows hidden cells in full; on our pages a click opens them.
+# nbconvert shows hidden cells in full and drops the alt text of figures, which notebooks set by
+# `display(figure, metadata={"image/png": {"alt": ...}})`. On our pages a click opens the cells.
 PAGE_TEMPLATE = """\
 {%- extends "lab/index.html.j2" -%}
 {%- block codecell -%}
 {%- if cell.metadata.get("jupyter", {}).get("source_hidden") -%}
 <details><summary>Solution</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
-{%- endblock codecell -%}"""
+{%- endblock codecell -%}
+{%- block data_png scoped -%}
+{%- set alt = output | get_metadata("alt", "image/png") -%}
+{{ super() | replace("<img ", '<img alt="' ~ alt | escape_html ~ '" ') if alt else super() }}
+{%- endblock data_png -%}"""
 
 NOTEBOOKS = ROOT / "notebooks"
 BUILD = ROOT / "build"
