@@ -200,7 +200,8 @@ FAKE_PYTHON = """\
 #!/bin/sh
 echo "$@" >> log
 case "$*" in
-  "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m venv .venv")  # with the folder of Windows, too
+    for bin in bin Scripts; do mkdir -p .venv/$bin && cp "$0" .venv/$bin/python; done ;;
   "-m uv pip"*) exit ${UV_STATUS:-0} ;;
   "-m pip install -r"*) exit ${PIP_STATUS:-0} ;;
 esac
