@@ -6,7 +6,7 @@ import json
 import pytest
 
 import stamp
-from conventions import NOTEBOOK_METADATA, RULES, SOLUTION_METADATA, Notebook
+from conventions import NOTEBOOK_METADATA, RULES, Notebook, folding
 
 NAME = "02_good"
 OPENING = (
@@ -33,7 +33,7 @@ def good_notebook():
         cell("code", "claim", 'check("it learns", loss < 1)', 3, "✓ it learns\n"),
         cell("code", "loose", "print(loss)", 4, "0.123\n", tags=["nbval-ignore-output"]),
         cell("markdown", "closing", CLOSING),
-        cell("code", "answer", "print(2)", 5, "2\n", tags=["solution"], **SOLUTION_METADATA),
+        cell("code", "answer", "print(2)", 5, "2\n", tags=["solution"], **folding(["solution"])),
     ]
     return {"cells": cells, "metadata": NOTEBOOK_METADATA, "nbformat": 4, "nbformat_minor": 5}
 
@@ -102,6 +102,8 @@ FAULTS = [
     ("solutions", put("answer", metadata={})),
     ("metadata", put("answer", metadata={"tags": ["solution"]})),
     ("metadata", put("exact", metadata={"collapsed": True})),
+    ("metadata", put("exact", metadata={"tags": ["answer"]})),
+    ("alt_text", shown("image/png", "")),
     ("length", edit("exact", new="x = 1\n" * 26)),
     ("plain_python", edit("exact", new="%timeit x")),
     ("plain_python", edit("exact", new="plt.plot(x);")),

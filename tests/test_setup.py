@@ -132,7 +132,7 @@ def project(tmp_path, monkeypatch):
 
 NOISY = 'import sys\nprint("one")\nprint("careful", file=sys.stderr, flush=True)\nprint("two")'
 FIGURE = 'display({"image/png": ""}, raw=True, metadata={"image/png": {"alt": "a figure"}})'
-FOLDED = {"tags": ["solution"], **tool.SOLUTION_METADATA}
+FOLDED = {"tags": ["solution"], **tool.folding(["solution"])}
 
 
 def test_refresh_cleans_repeats_and_leaves_a_failing_notebook_alone(project):

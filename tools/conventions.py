@@ -22,11 +22,20 @@ NOTEBOOK_METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-# Solutions are folded in Jupyter (the first entry) and in Colab (the second).
-SOLUTION_METADATA = {
-    "jupyter": {"source_hidden": True, "outputs_hidden": True},
-    "cellView": "form",
+# What a tag folds. A solution is folded in Jupyter ("jupyter") and in Colab ("cellView"), the output
+# that answers a "Predict" in Jupyter alone: hosting sites show it, and running the cell opens it.
+FOLDED = {
+    "solution": {
+        "jupyter": {"source_hidden": True, "outputs_hidden": True},
+        "cellView": "form",
+    },
+    "answer": {"jupyter": {"outputs_hidden": True}},
 }
+
+
+def folding(tags: list[str]) -> dict:
+    """The metadata of a cell with these tags, beside the tags themselves."""
+    return next((metadata for tag, metadata in FOLDED.items() if tag in tags), {})
 
 
 def rule(function):
@@ -210,6 +219,14 @@ def outputs(notebook: Notebook) -> Iterator[str]:
 
 
 @rule
+def alt_text(notebook: Notebook) -> Iterator[str]:
+    for cell, output in notebook.outputs:
+        described = output.get("metadata", {}).get("image/png", {}).get("alt")
+        if "image/png" in output.get("data", {}) and not described:
+            yield f"cell {cell['id']}: a figure without alt text: use show_figure"
+
+
+@rule
 def machine_paths(notebook: Notebook) -> Iterator[str]:
     texts = [(cell, source(cell)) for cell in notebook.cells]
     texts += [(cell, text_of(output)) for cell, output in notebook.outputs]
@@ -274,7 +291,7 @@ def metadata(notebook: Notebook) -> Iterator[str]:
     for cell in notebook.cells:
         more = dict(cell["metadata"])
         more.pop("tags", None)
-        if more != (SOLUTION_METADATA if "solution" in tags(cell) else {}):
+        if more != folding(tags(cell)):
             yield f"cell {cell['id']}: the metadata {cell['metadata']}: run `make refresh`"
 
 

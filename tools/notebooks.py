@@ -21,11 +21,11 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from nbconvert.filters import strip_ansi
 
-from conventions import NOTEBOOK_METADATA, ROOT, SOLUTION_METADATA
+from conventions import NOTEBOOK_METADATA, ROOT, folding
 from stamp import write
 
 # nbconvert shows hidden cells in full and drops the alt text of figures, which notebooks set by
-# `display(figure, metadata={"image/png": {"alt": ...}})`. On our pages a click opens the cells.
+# `display(figure, metadata={"image/png": {"alt": ...}})`. On our pages a click opens them.
 PAGE_TEMPLATE = """\
 {%- extends "lab/index.html.j2" -%}
 {%- block codecell -%}
@@ -33,6 +33,11 @@ PAGE_TEMPLATE = """\
 <details><summary>Solution</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
 {%- endblock codecell -%}
+{%- block output_group -%}
+{%- if "answer" in cell.metadata.get("tags", []) -%}
+<details><summary>I have my guess: show what happens</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock output_group -%}
 {%- block data_png scoped -%}
 {%- set alt = output | get_metadata("alt", "image/png") -%}
 {{ super() | replace("<img ", '<img alt="' ~ alt | escape_html ~ '" ') if alt else super() }}
@@ -146,8 +151,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
         metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
             cell.outputs = clean_outputs(cell.outputs)
-            if "solution" in tags:
-                metadata |= SOLUTION_METADATA
+            metadata |= folding(tags)
         cell.metadata = nbformat.from_dict(metadata)
 
 
