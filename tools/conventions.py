@@ -22,8 +22,8 @@ NOTEBOOK_METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-# What a tag folds. A solution is folded in Jupyter ("jupyter") and in Colab ("cellView"), the output
-# that answers a "Predict" in Jupyter alone: hosting sites show it, and running the cell opens it.
+# A tag folds: a solution in Jupyter ("jupyter") and in Colab ("cellView"); the output that
+# answers a "Predict" in Jupyter alone, where running the cell opens it. Hosting sites show both.
 FOLDED = {
     "solution": {
         "jupyter": {"source_hidden": True, "outputs_hidden": True},
