@@ -109,32 +109,6 @@ def test_a_state_dict_that_does_not_fit_is_refused(refused, fault, named):
         lora.load_lora_state_dict(model, state)
 
 
-def test_files_are_in_the_format_of_peft(tmp_path):
-    model, folder = trained(targets=["fc2"]), tmp_path / "new" / "folder"
-    lora.save_adapter(model, str(folder))
-    config, tensors = json.loads((folder / CONFIG).read_text()), lora.lora_state_dict(model)
-    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 3)
-    assert (config["target_modules"], config["bias"]) == (["fc2"], "none")
-    expected = {f"base_model.model.{name}.weight": tensor for name, tensor in tensors.items()}
-    assert lora.same_tensors(safetensors.torch.load_file(folder / WEIGHTS), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_saved_adapter_comes_back_as_trained_and_draws_no_random_number(tmp_path, dtype):
-    base, x = small_net(dtype), torch.randn(5, 6, dtype=dtype)
-    model = trained(2, 3.5, model=copy.deepcopy(base))
-    expected = model(x)
-    lora.set_lora_strength(model, 0.5)
-    with lora.lora_disabled(model):  # neither is saved
-        lora.save_adapter(model, tmp_path)
-    before = torch.get_rng_state()
-    lora.load_adapter(base, tmp_path)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert lora.same_tensors(base.state_dict(), model.state_dict())
-    assert torch.equal(base(x), expected)
-    assert lora.count_parameters(base) == lora.count_parameters(model)
-
-
 def test_load_replaces_the_lora_that_is_there_and_keeps_the_dtype(folder):
     model = trained(4, 9, ["fc1"], small_net(torch.bfloat16))
     weight = model.fc1.base.weight
@@ -188,8 +162,9 @@ SETTINGS = [(1, 2, ["fc1", "fc2"]), (4, 16, ["fc2"]), (3, 1, ["fc1"])]
 def test_peft_loads_what_we_save(peft, tmp_path, rank, alpha, targets):
     plain, x = small_net(), torch.randn(5, 6)
     model = trained(rank, alpha, targets, copy.deepcopy(plain))
-    lora.save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path), is_trainable=True)
+    lora.save_adapter(model, str(folder := tmp_path / "new" / "folder"))
+    assert json.loads((folder / CONFIG).read_text()).keys() <= peft.LoraConfig().to_dict().keys()
+    theirs = peft.PeftModel.from_pretrained(plain, str(folder), is_trainable=True)
     torch.testing.assert_close(theirs(x), model(x))
     assert lora.count_parameters(theirs) == lora.count_parameters(model)
     with lora.lora_disabled(model), theirs.disable_adapter():
@@ -235,10 +210,6 @@ def test_the_tensors_say_which_layers_peft_adapted(peft, refused, tmp_path, targ
     assert not (tmp_path / "new").exists()
 
 
-def test_our_config_holds_only_settings_that_peft_knows(peft, folder):
-    assert json.loads((folder / CONFIG).read_text()).keys() <= peft.LoraConfig().to_dict().keys()
-
-
 VARIANTS = [({name: True}, name) for name in ("use_rslora", "use_dora")]
 VARIANTS += [({f"{kind}_pattern": {"fc1": 1}}, f"{kind}_pattern") for kind in ("rank", "alpha")]
 VARIANTS += [({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"bias": "all"}, "bias")]
@@ -266,21 +237,6 @@ def test_a_file_that_is_cut_or_has_more_at_its_end_is_refused(model, refused, fo
             lora.load_adapter(model, folder)
 
 
-def test_a_flipped_bit_before_the_numbers_never_gives_a_wrong_adapter(folder):
-    content, good = (folder / WEIGHTS).read_bytes(), factors_in(folder)
-    end_of_header, loaded = 8 + int.from_bytes(content[:8], "little"), 0
-    for position in range(end_of_header):
-        flipped = bytearray(content)
-        flipped[position] ^= 1 << position % 8
-        (folder / WEIGHTS).write_bytes(flipped)
-        try:
-            assert factors_in(folder) == good, position
-            loaded += 1
-        except ValueError:
-            pass
-    assert loaded < end_of_header / 2
-
-
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_a_folder_that_lacks_a_file_is_refused(model, refused, folder, name):
     (folder / name).unlink()
@@ -293,17 +249,14 @@ def test_a_folder_that_lacks_a_file_is_refused(model, refused, folder, name):
 
 NOT_PLAIN = "use_rslora use_dora use_qalora fan_in_fan_out rank_pattern alpha_pattern".split()
 NOT_PLAIN += ["alora_invocation_tokens", "layer_replication"]
-CONFIG_FAULTS = [
-    *(({"r": rank}, repr(rank)) for rank in (0, 9, 2.5, "2", None)),
-    *(({"lora_alpha": alpha}, repr(alpha)) for alpha in (0, "3", None)),
-    *(({"peft_type": kind}, CONFIG) for kind in ("LOHA", None)),
-    *(({name: [1]}, name) for name in NOT_PLAIN),
-    ({"r": 1}, "(2, 6)"),
-    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
-]
+SETTINGS_FAULTS = [({"r": rank}, repr(rank)) for rank in (0, 9, 2.5, "2", None)]
+SETTINGS_FAULTS += [({"lora_alpha": alpha}, repr(alpha)) for alpha in (0, "3", None)]
+SETTINGS_FAULTS += [({"peft_type": kind}, CONFIG) for kind in ("LOHA", None)]
+SETTINGS_FAULTS += [({name: [1]}, name) for name in NOT_PLAIN] + [({"r": 1}, "(2, 6)")]
+SETTINGS_FAULTS += [({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights")]
 
 
-@pytest.mark.parametrize(("fault", "named"), CONFIG_FAULTS)
+@pytest.mark.parametrize(("fault", "named"), SETTINGS_FAULTS)
 def test_a_wrong_setting_is_refused_with_and_without_our_copy(model, refused, folder, fault, named):
     edit(folder, lambda config: config.update(fault))
     with refused(model, CONFIG, WEIGHTS):
@@ -313,18 +266,14 @@ def test_a_wrong_setting_is_refused_with_and_without_our_copy(model, refused, fo
         lora.load_adapter(model, folder)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '"LORA"', "null", "{}"])
+TOO_LITTLE = [[1, 2], "LORA", None, {"r": 2, "lora_alpha": 3}, {"peft_type": "LORA", "r": 2}]
+
+
+@pytest.mark.parametrize("config", [*TOO_LITTLE, {"peft_type": "LORA", "lora_alpha": 3}])
 @pytest.mark.parametrize("keep_copy", [True, False])
-def test_settings_that_are_no_settings_are_refused(model, refused, folder, text, keep_copy):
+def test_settings_that_say_too_little_are_refused(model, refused, folder, config, keep_copy):
     edit(folder, keep_copy=keep_copy)
-    (folder / CONFIG).write_text(text)
-    with refused(model, CONFIG):
-        lora.load_adapter(model, folder)
-
-
-@pytest.mark.parametrize("name", ["peft_type", "r", "lora_alpha"])
-def test_a_missing_setting_is_refused(model, refused, folder, name):
-    edit(folder, lambda config: config.pop(name), keep_copy=False)
+    (folder / CONFIG).write_text(json.dumps(config))
     with refused(model, CONFIG):
         lora.load_adapter(model, folder)
 
@@ -345,7 +294,7 @@ A1, B1 = (f"base_model.model.fc1.lora_{factor}.weight" for factor in "AB")
     [
         (lambda t: t.pop(A1), ["fc1.lora_A"]),
         (lambda t: t.update({A1.replace("fc1", "fc3"): torch.ones(2, 6)}), ["fc3"]),
-        (lambda t: t.update({A1.replace("fc1", "relu"): torch.ones(2, 6)}), ["relu"]),
+        (lambda t: t.update({A1.replace("fc1", "relu"): torch.ones(2, 6)}), ["relu", "fc2"]),
         (lambda t: t.update({"x." + A1: t.pop(A1)}), ["x." + A1]),
         (lambda t: t.update({A1: t[A1].T.contiguous()}), ["fc1.lora_A", (6, 2), (2, 6)]),
         (lambda t: t.update({A1: t.pop(B1), B1: t.pop(A1)}), ["fc1.lora_A", (8, 2), (2, 6)]),
@@ -358,15 +307,6 @@ def test_a_wrong_tensor_is_refused(model, refused, folder, fault, named, keep_co
     edit(folder, factors=fault, keep_copy=keep_copy)
     with refused(model, *named):
         lora.load_adapter(model, folder)
-
-
-def test_an_adapter_for_another_model_is_refused(refused, folder):
-    wider = nn.Sequential(OrderedDict(fc1=nn.Linear(7, 8), fc2=nn.Linear(8, 4)))
-    with refused(wider, "fc1.lora_A", (2, 6), (2, 7)):
-        lora.load_adapter(wider, folder)
-    foreign = nn.Sequential(OrderedDict(query=nn.Linear(6, 8)))
-    with refused(foreign, "fc1", "query"):
-        lora.load_adapter(foreign, folder)
 
 
 # --- Faults while saving ---------------------------------------------------------------
@@ -394,14 +334,6 @@ def test_a_failed_save_leaves_the_old_adapter_or_a_refused_pair(
             lora.load_adapter(model, folder)
     else:
         assert contents(folder) == before
-
-
-def test_a_path_that_is_a_file_is_left_alone(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for path in ("file", "file/adapter"):
-        with pytest.raises(OSError):
-            lora.save_adapter(trained(), tmp_path / path)
-    assert contents(tmp_path) == {"file": b"mine"}
 
 
 @pytest.mark.parametrize("of_peft", [False, True])
@@ -521,11 +453,13 @@ def test_promises_hold_for_random_models(tmp_path, seed):
     with lora.lora_disabled(model):
         assert torch.equal(model(x), base)
     assert torch.equal(model(x), adapted)
+    lora.set_lora_strength(model, strength)  # which is not saved
     lora.save_adapter(model, tmp_path)
+    random_numbers = torch.get_rng_state()
     lora.load_adapter(plain, tmp_path)
-    assert lora.same_tensors(lora.lora_state_dict(plain), factors) and torch.equal(
-        plain(x), adapted
-    )
+    assert torch.equal(torch.get_rng_state(), random_numbers)
+    assert lora.same_tensors(plain.state_dict(), model.state_dict())
+    assert torch.equal(plain(x), adapted)
     lora.remove_lora(plain)
     assert lora.same_tensors(plain.state_dict(), weights) and torch.equal(plain(x), base)
 
@@ -536,7 +470,6 @@ def test_promises_hold_for_random_models(tmp_path, seed):
             A, B = (factors[f"{name}.lora_{factor}"].double().numpy() for factor in "AB")
             weight = weight + strength * alpha / rank * B @ A
         hidden = hidden @ weight.T + weights[f"{name}.bias"].double().numpy()
-    lora.set_lora_strength(model, strength)
     for _ in range(2):
         result = model(x).detach().double().numpy()
         np.testing.assert_allclose(result, hidden, rtol=tolerance, atol=tolerance)

@@ -90,18 +90,28 @@ def test_nothing_is_made_on_the_cpu_by_accident(adapt, dtype):
     assert all(p.is_meta and p.dtype == dtype for p in model.parameters())
 
 
-def test_the_branch_never_builds_a_matrix_of_the_size_of_W():
-    class Shapes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if not func.is_view:
-                seen.add(tuple(result.shape))
-            return result
+class Operations(TorchDispatchMode):
+    """Note the shape of each result, and let memory run out at the n-th operation."""
 
-    model, x, seen = trained(one_layer(), targets=["0"]), torch.randn(4, IN).double(), set()
-    with Shapes():
+    def __init__(self, n=0):
+        super().__init__()
+        self.left, self.shapes = n, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise MemoryError
+        result = func(*args, **(kwargs or {}))
+        self.shapes.append(None if func.is_view else getattr(result, "shape", None))
+        return result
+
+
+def test_the_branch_never_builds_a_matrix_of_the_size_of_W():
+    model, x = trained(one_layer(), targets=["0"]), torch.randn(4, IN).double()
+    with Operations() as operations:
         model(x).square().sum().backward()
-    assert (4, OUT) in seen and not {(OUT, IN), (IN, OUT)} & seen
+    assert (4, OUT) in operations.shapes
+    assert (OUT, IN) not in operations.shapes and (IN, OUT) not in operations.shapes
 
 
 def test_printing_a_model_shows_rank_alpha_and_strength(adapt):
@@ -136,13 +146,6 @@ def test_a_target_is_a_full_name_or_ends_in_a_dot_and_the_target(targets, adapte
     assert len({tuple(after[f"{name}.lora_A"].flatten().tolist()) for name in adapted}) == len(
         adapted
     )
-
-
-def test_adding_lora_changes_no_output():
-    model, x = square(), torch.randn(3, 4)
-    before = model(x)
-    lora.add_lora(model, 4, 8, ["fc0", "fc1"])
-    assert torch.equal(model(x), before)
 
 
 def test_a_second_adapter_leaves_the_first_trainable():
@@ -184,10 +187,17 @@ def test_bad_ranks_are_named_with_the_largest_that_is_possible(refused, rank):
             form(model[1], rank, 1)
 
 
-@pytest.mark.parametrize("alpha", [0, -1, float("inf"), float("nan"), "1", None, 1j])
-def test_bad_alphas_are_named(refused, alpha):
-    with refused(model := square(), repr(alpha)):
-        lora.add_lora(model, 1, alpha, ["fc0"])
+NO_NUMBERS = [float("inf"), float("nan"), "1", None, 1j]
+
+
+@pytest.mark.parametrize("number", [*NO_NUMBERS, 0, -1])
+def test_bad_alphas_and_strengths_are_named(adapt, refused, number):
+    with refused(model := square(), repr(number)):
+        lora.add_lora(model, 1, number, ["fc0"])
+    if number in NO_NUMBERS:
+        adapt(model, 1, 1, ["fc0"])
+        with refused(model, repr(number)):
+            lora.set_lora_strength(model, number)
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
@@ -223,20 +233,6 @@ def test_a_layer_cannot_be_adapted_twice(refused):
         lora.add_lora(model, 1, 1, ["fc0", "fc1"])
 
 
-class FailsAt(TorchDispatchMode):
-    """Let memory run out at the n-th operation."""
-
-    def __init__(self, n):
-        super().__init__()
-        self.n, self.count = n, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        if self.count == self.n:
-            raise MemoryError
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("before", [["fc0"], []])
 @pytest.mark.parametrize("call", ["add", "load"])
 def test_running_out_of_memory_anywhere_leaves_the_model_as_it_was(refused, tmp_path, before, call):
@@ -247,11 +243,11 @@ def test_running_out_of_memory_anywhere_leaves_the_model_as_it_was(refused, tmp_
     lora.save_adapter(trained(square(3), 2, targets=["fc1", "fc2"]), tmp_path)
     model = trained(square(3), targets=before) if before else square(3)
     twin = copy.deepcopy(model)
-    with FailsAt(0) as operations:
+    with Operations() as operations:
         act(twin)
-    assert operations.count > 4
-    for n in range(1, operations.count + 1):  # safetensors has a ValueError of its own for this
-        with refused(model, error=(MemoryError, ValueError)), FailsAt(n):
+    assert len(operations.shapes) > 4
+    for n in range(len(operations.shapes)):  # safetensors has a ValueError of its own for this
+        with refused(model, error=(MemoryError, ValueError)), Operations(n + 1):
             act(model)
 
 
@@ -290,13 +286,6 @@ def test_strength_zero_is_the_base_bit_for_bit(adapt):
     assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf"), "1", None, 1j])
-def test_bad_strengths_are_named(adapt, refused, strength):
-    adapt(model := one_layer(), RANK, ALPHA, ["0"])
-    with refused(model, repr(strength)):
-        lora.set_lora_strength(model, strength)
-
-
 def test_disabled_is_the_base_and_ends_where_it_began(adapt):
     model, x = square(3), torch.randn(5, 4)
     base = model(x)
@@ -332,18 +321,16 @@ def test_without_lora_there_is_nothing_to_do(refused, monkeypatch, tmp_path, cal
 # --- Merging and removing --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_merge_adds_the_update_once_at_the_present_strength(strength):
+def test_merge_adds_the_update_once_at_the_present_strength():
     model = nested().double()
-    expected = copy.deepcopy(model.state_dict())
-    modules = {name: type(module) for name, module in model.named_modules()}
+    expected, modules = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
     trained(model, 2, 3, ["xfc", "blocks.1.fc"])
-    lora.set_lora_strength(model, strength)
+    lora.set_lora_strength(model, 0.5)
     for name, layer in lora.lora_layers(model).items():
-        expected[f"{name}.weight"] += strength * 3 / 2 * (layer.lora_B @ layer.lora_A).detach()
+        expected[f"{name}.weight"] += 0.75 * (layer.lora_B @ layer.lora_A).detach()
     lora.merge_lora(model)
     torch.testing.assert_close(model.state_dict(), expected)
-    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert [type(m) for m in model.modules()] == modules
     assert not any(p.requires_grad for p in model.parameters())
     lora.add_lora(model, 1, 1, ["xfc"])  # a new start
 

@@ -23,29 +23,21 @@ RAW = Path(lora.__file__).parent / "data" / "MNIST" / "raw"
 
 
 @pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """Let torchvision look for MNIST in a folder that does not exist."""
+def raw(monkeypatch, tmp_path):
+    """A copy of the four archives that a test may damage, and no way to download them."""
     import torchvision  # a second
 
-    mirrors = [(tmp_path / "nowhere").as_uri() + "/"]
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", mirrors)
-
-
-@pytest.fixture
-def raw(offline, monkeypatch, tmp_path):
-    """A copy of the four archives that a test may damage, in place of `data/`."""
     raw = tmp_path / "data" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for archive in RAW.glob("*.gz"):
-        shutil.copy(archive, raw)
+    shutil.copytree(RAW, raw, ignore=shutil.ignore_patterns("*-ubyte"))
     monkeypatch.setattr(lora, "DATA", tmp_path / "data")
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [tmp_path.as_uri() + "/"])
     return raw
 
 
 # --- The data --------------------------------------------------------------------------
 
 
-def test_digits_are_those_of_the_archives(offline):
+def test_digits_are_those_of_the_archives():
     train, validation, test = lora.load_mnist(CPU)
     assert [len(d.labels) for d in (train, validation, test)] == [50_000, 10_000, 10_000]
     known = lora.Digits(*map(torch.cat, zip(train, validation, strict=True)))
@@ -179,14 +171,11 @@ def test_lora_learns_and_leaves_frozen_parameters_bit_identical(adapt):
     assert len(changed) == 4 and all("lora_" in name for name in changed)
 
 
-@pytest.mark.parametrize(("count", "batches", "size"), [(0, 5, 5), (25, 0, 5), (25, 5, 0)])
-def test_training_on_nothing_is_refused(refused, count, batches, size):
-    with refused(model := tiny_net(), count, batches, size):
-        lora.train_classifier(model, tiny_digits(count), batches, size)
-
-
-def test_training_nothing_is_refused(refused):
-    with refused(model := tiny_net().requires_grad_(False), "0 trainable"):
+@pytest.mark.parametrize("sizes", [(0, 5, 6), (25, 0, 6), (25, 5, 0)])
+def test_training_on_nothing_is_refused(refused, sizes):
+    with refused(model := tiny_net(), *sizes):
+        lora.train_classifier(model, tiny_digits(sizes[0]), *sizes[1:])
+    with refused(model.requires_grad_(False), "0 trainable"):
         lora.train_classifier(model, tiny_digits(), 5, 5)
 
 
@@ -230,4 +219,3 @@ def test_the_base_is_one_epoch_of_128_and_the_same_for_one_seed():
     by_hand = lora.RichBoyNet()
     lora.train_classifier(by_hand, train, 2, 128)
     assert lora.same_tensors(first.state_dict(), by_hand.state_dict())
-    lora.add_lora(first, 1, 1, ["fc1"])  # it is a model like any other
