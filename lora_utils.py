@@ -455,7 +455,7 @@ def _read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         with safetensors.safe_open(folder / WEIGHTS_FILE, "pt") as file:
             saved_config = (file.metadata() or {}).get(CONFIG_FILE)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not the file
     except (ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"an adapter file in {folder} is damaged: {error}") from error
     if saved_config and json.loads(saved_config) != config:
@@ -645,8 +645,7 @@ def relative_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
         raise ValueError(f"shapes {tuple(ours.shape)} and {tuple(reference.shape)} differ")
     if torch.equal(ours, reference):
         return 0.0
-    precise = torch.promote_types(torch.promote_types(ours.dtype, reference.dtype), torch.float64)
-    ours, reference = ours.to(precise), reference.to(precise)
+    ours, reference = ours.to(torch.complex128), reference.to(torch.complex128)  # holds any dtype
     return (torch.linalg.norm(ours - reference) / torch.linalg.norm(reference)).item()
 
 
@@ -656,8 +655,8 @@ def compare(name: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
     "Up to rounding" is a relative difference below 1e-5, "far apart" the largest absolute one.
     """
     difference = relative_difference(ours, reference)
-    ours, reference = (torch.as_tensor(t).detach().cpu() for t in (ours, reference))
-    largest = (ours - reference).abs().max().item() if difference else 0.0
+    pair = (torch.as_tensor(t).detach().cpu().to(torch.complex128) for t in (ours, reference))
+    largest = torch.sub(*pair).abs().max().item() if difference else 0.0
     print(
         f"{name}: exact {difference == 0} | approximate {difference < 1e-5} "
         f"| largest difference {largest:.1e}"
