@@ -735,7 +735,7 @@ COLORS = {
 
 def rank_color(rank: int) -> tuple:
     """Return the colour that stands for LoRA of a rank, from light (1) to dark (64)."""
-    return plt.colormaps["plasma"](0.82 * (1 - math.log2(rank) / 6))
+    return plt.colormaps["plasma"](0.85 * (1 - (math.log2(rank) / 6) ** 0.7))
 
 
 def set_plot_style() -> None:
@@ -770,16 +770,16 @@ def show_images(images: torch.Tensor, titles: list[str], alt: str, columns: int 
 def show_boxes(rows: int, columns: int, rank: int, alt: str) -> None:
     """Draw W₀ (rows × columns), B (rows × rank) and A (rank × columns) as boxes to scale."""
     figure, ax = plt.subplots(figsize=(7, 1 + 2.5 * rows / columns))
-    gap, x = 0.2 * columns, 0.0
+    gap, x = 0.28 * columns, 0.0
     for name, height, width in (("W₀", rows, columns), ("B", rows, rank), ("A", rank, columns)):
         color = COLORS["base"] if name == "W₀" else rank_color(rank)
         bottom = (rows - height) / 2
         ax.add_patch(plt.Rectangle((x, bottom), width, height, color=color))
-        label = f"{name}: {height:,} × {width:,}"
+        label = f"{name}: {height:,} × {width:,}\n{'frozen' if name == 'W₀' else 'trained'}"
         ax.text(x + width / 2, bottom - 0.04 * rows, label, ha="center", va="top")
         x += width + gap
-    ax.text(columns + gap / 2, rows / 2, "+", ha="center", va="center", fontsize=16)
+    ax.text(columns + gap / 2, rows / 2, "+ α/r", ha="center", va="center", fontsize=14)
     ax.text(columns + 1.5 * gap + rank, rows / 2, "·", ha="center", va="center", fontsize=20)
-    ax.set(xlim=(0, x - gap), ylim=(-0.15 * rows, rows), aspect="equal")
+    ax.set(xlim=(0, x - gap), ylim=(-0.25 * rows, rows), aspect="equal")
     ax.axis("off")
     show_figure(alt)
