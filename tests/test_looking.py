@@ -52,7 +52,7 @@ def test_check_takes_nothing_but_one_truth_value(capsys, condition):
         ([1, 2], [1.0, 2.0], True, True, "0.0e+00"),
         ([1.0, 1.0], [1.0, 1.0 + 9e-6], False, True, "8.9e-06"),
         ([1.0, 1.0], [1.0, 1.0 + 2e-5], False, False, "2.0e-05"),
-        ([1e-9, 3e-9], [1e-9, 3.00001e-9], False, True, "1.0e-14"),  # small gradients
+        ([1e-2, 1e-6], [1e-2, 1e-6 + 3.5e-8], False, True, "3.5e-08"),  # small gradients
         ([1e-9], [2e-9], False, False, "1.0e-09"),
         ([1.0 + 1j], [1.0 - 1j], False, False, "2.0e+00"),
         ([], [], True, True, "0.0e+00"),
