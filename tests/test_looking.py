@@ -54,6 +54,7 @@ def test_check_takes_nothing_but_one_truth_value(capsys, condition):
         ([1.0, 1.0], [1.0, 1.0 + 2e-5], False, False, "2.0e-05"),
         ([1e-2, 1e-6], [1e-2, 1e-6 + 3.5e-8], False, True, "3.5e-08"),  # small gradients
         ([1e-9], [2e-9], False, False, "1.0e-09"),
+        (np.float64([1]), np.float64([1 + 1e-12]), False, True, "1.0e-12"),
         ([1.0 + 1j], [1.0 - 1j], False, False, "2.0e+00"),
         ([], [], True, True, "0.0e+00"),
         ([1.0], [0.0], False, False, "1.0e+00"),

@@ -401,9 +401,11 @@ def test_a_quantised_layer_can_be_a_base(dtype):
 
 
 def test_factors_beside_integers_are_floats():
-    model = square()
-    model.fc1.weight, model.fc1.bias = WHOLE, None
-    assert trained(model).fc1.lora_A.dtype == torch.float32
+    model = square().bfloat16()
+    model.fc0.weight = model.fc1.weight = WHOLE
+    model.fc1.bias = None
+    trained(model)
+    assert (model.fc0.lora_A.dtype, model.fc1.lora_A.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_a_deep_copy_is_independent():
