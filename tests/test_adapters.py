@@ -187,6 +187,9 @@ def nested():
 @pytest.mark.parametrize("targets", [["fc"], ["b.fc"], ["xfc", "fc"]])
 def test_targets_mean_the_layers_that_peft_means(peft, tmp_path, targets):
     lora.add_lora(ours := nested(), 2, 8, targets)
+    lora.save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(nested(), tmp_path / "ours", is_trainable=True)
+    assert lora.count_parameters(theirs) == lora.count_parameters(ours)
     save_with_peft(peft, tmp_path, nested(), target_modules=targets)
     lora.load_adapter(model := nested(), tmp_path)
     assert lora.lora_layers(model).keys() == lora.lora_layers(ours).keys()

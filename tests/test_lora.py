@@ -278,12 +278,12 @@ def test_wrapped_models_are_refused_with_the_way_out(refused, tmp_path, wrap, in
 
 
 def test_strength_zero_is_the_base_bit_for_bit(adapt):
-    model, x = one_layer(), torch.randn(4, IN).double()
+    model, x = one_layer(), torch.randn(4, IN).double().requires_grad_()
     before = model(x)
     [factors] = adapt(model, RANK, ALPHA, ["0"])
     factors.lora_B.data.fill_(torch.inf)  # 0·∞ would give NaN
     lora.set_lora_strength(model, 0)
-    assert torch.equal(model(x), before)
+    assert torch.equal(model(x), before) and model(x).requires_grad
 
 
 def test_disabled_is_the_base_and_ends_where_it_began(adapt):
