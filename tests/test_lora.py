@@ -278,12 +278,12 @@ def test_wrapped_models_are_refused_with_the_way_out(refused, tmp_path, wrap, in
 
 
 def test_strength_zero_is_the_base_bit_for_bit(adapt):
-    model, x = one_layer(), torch.randn(4, IN).double()
+    model, x = one_layer(), torch.randn(4, IN).double().requires_grad_()
     before = model(x)
     [factors] = adapt(model, RANK, ALPHA, ["0"])
     factors.lora_B.data.fill_(torch.inf)  # 0·∞ would give NaN
     lora.set_lora_strength(model, 0)
-    assert torch.equal(model(x), before)
+    assert torch.equal(model(x), before) and model(x).requires_grad
 
 
 def test_disabled_is_the_base_and_ends_where_it_began(adapt):
@@ -401,9 +401,11 @@ def test_a_quantised_layer_can_be_a_base(dtype):
 
 
 def test_factors_beside_integers_are_floats():
-    model = square()
-    model.fc1.weight, model.fc1.bias = WHOLE, None
-    assert trained(model).fc1.lora_A.dtype == torch.float32
+    model = square().bfloat16()
+    model.fc0.weight = model.fc1.weight = WHOLE
+    model.fc1.bias = None
+    trained(model)
+    assert (model.fc0.lora_A.dtype, model.fc1.lora_A.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_a_deep_copy_is_independent():
