@@ -4,7 +4,7 @@ python tools/sweep_rates.py
 
 Each run adapts the base to rotated digits with 50 batches of 64, as the notebook does, and counts
 errors on 2,000 validation digits. Nothing here sees a test digit, and the notebook reports on
-other seeds. It takes some five minutes with one thread. The file is written after each method, so
+other seeds. It takes some six minutes with one thread. The file is written after each method, so
 that a run that is stopped leaves what it has; the notebook repeats some of its points.
 """
 
@@ -133,7 +133,7 @@ def main() -> None:
                 lu.train_classifier(model, rotated, batches, batch_size=64, lr=rate)
                 count = lu.count_errors(model, held_out)
                 errors[name].setdefault(f"{rate:.6g}", []).append(count)
-            print(seed, name, {rate: counts[-1] for rate, counts in errors[name].items()}, flush=True)
+            print(seed, name, {rate: e[-1] for rate, e in errors[name].items()}, flush=True)
             write(errors)
 
 
@@ -146,10 +146,15 @@ def write(errors: dict) -> None:
         "torch": torch.__version__,
         "CPU seconds": round(time.process_time()),
     }
-    lines = [f'  {json.dumps(name, ensure_ascii=False)}: {json.dumps(errors[name])}' for name in errors]
-    text = ",\n".join(lines)
-    header = json.dumps(made, ensure_ascii=False)
-    RESULT.write_text(f'{{"made": {header},\n"errors": {{\n{text}\n}}}}\n', encoding="utf-8")
+    # One line a method: a file that can be read, and whose changes can be.
+    lines = [f"  {quoted(name)}: {json.dumps(by_rate)}" for name, by_rate in errors.items()]
+    text = f'{{"made": {quoted(made)},\n"errors": {{\n' + ",\n".join(lines) + "\n}}\n"
+    RESULT.write_text(text, encoding="utf-8", newline="\n")
+
+
+def quoted(thing: object) -> str:
+    """Return a thing as JSON that keeps α, √ and the like."""
+    return json.dumps(thing, ensure_ascii=False)
 
 
 if __name__ == "__main__":
