@@ -284,6 +284,8 @@ def test_strength_zero_is_the_base_bit_for_bit(adapt):
     factors.lora_B.data.fill_(torch.inf)  # 0·∞ would give NaN
     lora.set_lora_strength(model, 0)
     assert torch.equal(model(x), before) and model(x).requires_grad
+    lora.set_lora_strength(model, 0.5)
+    assert factors.strength == 0.5
 
 
 def test_disabled_is_the_base_and_ends_where_it_began(adapt):
@@ -364,6 +366,12 @@ class Quantised(nn.Linear):
         return (self.codes.to(self.scale.dtype) - 128) * self.scale
 
 
+def overflow(state):
+    """Weights and an update that are finite, with a sum that is not."""
+    sizes = {"lora_A": 1e19, "lora_B": 1e19, "base.weight": 3e38, "base.bias": 0}
+    return {name: torch.full_like(tensor, sizes[name]) for name, tensor in state.items()}
+
+
 WHOLE = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
 FAULTS = [
     (lambda m: setattr(m.head, "weight", m.fc1.base.weight), ["fc1", "head.weight"]),
@@ -373,7 +381,7 @@ FAULTS = [
     (lambda m: setattr(m.fc1, "base", Quantised(m.fc1.base)), ["fc1"]),
     (lambda m: m.fc1.lora_A.data.fill_(torch.nan), ["fc1"]),
     (lambda m: m.fc1.lora_A.data.fill_(torch.inf), ["fc1"]),
-    (lambda m: m.fc1.lora_A.data.fill_(3e38).mul_(m.fc1.lora_A), ["fc1"]),
+    (lambda m: m.fc1.load_state_dict(overflow(m.fc1.state_dict())), ["fc1"]),
 ]
 
 
