@@ -761,7 +761,8 @@ def show_images(images: torch.Tensor, titles: list[str], alt: str, columns: int 
     _, axes = plt.subplots(rows, columns, figsize=(7, 7 / columns * rows * 1.3), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for ax, image, title in zip(axes.flat, images.cpu().numpy(), titles, strict=False):
+    titled = zip(images.cpu().numpy(), titles, strict=True)
+    for ax, (image, title) in zip(axes.flat, titled, strict=False):
         ax.imshow(image, cmap="gray")
         ax.set_title(title, fontsize=10, loc="center")
     show_figure(alt)
