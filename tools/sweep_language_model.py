@@ -37,9 +37,10 @@ METHODS = {
     "all r=16": (16, ATTENTION + MLP),
     "full": None,
 }
-LORA_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
-FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-FRONTIER = ("MLP r=8", "all r=4", "full")  # these show their results at every rate
+FRONTIER = {  # these show their results at more rates than their best
+    "all r=4": (2.5e-3, 5e-3, 1e-2, 4e-2),
+    "full": (2.5e-4, 5e-4, 1e-3, 2e-3, 8e-3),
+}
 
 
 def read(name: str) -> str:
@@ -67,14 +68,14 @@ def bits_per_byte(model, tokens: torch.Tensor) -> float:
     return bits / len(tokenizer.decode(windows[:, 1:].flatten()).encode())
 
 
-def train(model, tokens: torch.Tensor, rate: float) -> None:
-    """Train what needs a gradient with Adam; the rate falls linearly to zero."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=rate)
+def train(model, tokens: torch.Tensor, rate: float, seed: int) -> None:
+    """Train what needs a gradient with Adam, as notebook 7 does; the rate falls to zero."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randint(len(tokens) - LENGTH, (STEPS, BATCH, 1), generator=generator)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / STEPS)
-        starts = torch.randint(len(tokens) - LENGTH, (BATCH, 1))
-        loss = token_bits(model, tokens[starts + torch.arange(LENGTH + 1)]).mean()
+        loss = token_bits(model, tokens[places[step] + torch.arange(LENGTH + 1)]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -86,7 +87,7 @@ def adapt(method: str, tokens: torch.Tensor, rate: float, seed: int):
     if METHODS[method]:
         rank, targets = METHODS[method]
         add_lora(model, rank, alpha=rank, targets=targets)
-    train(model, tokens, rate)
+    train(model, tokens, rate, seed)
     return model
 
 
@@ -97,28 +98,33 @@ def main() -> None:
     training, validation, test = map(encode, (bible[:eight], bible[eight:nine], bible[nine:]))
     held_out = encode(austen[int(0.9 * len(austen)) :])
 
-    rows = []
-    for method in METHODS:
-        rates = LORA_RATES if METHODS[method] else FULL_RATES
-        chosen = {}
-        for rate in rates:
-            for seed in CHOICE:
-                bits = bits_per_byte(adapt(method, training, rate, seed), validation)
-                rows.append((method, rate, seed, "Bible, validation", f"{bits:.4f}"))
-                chosen[rate] = chosen.get(rate, 0) + bits
-        best = min(chosen, key=chosen.get)
-        for rate in rates if method in FRONTIER else [best]:
-            for seed in RESULT if rate == best else RESULT[:3]:
-                model = adapt(method, training, rate, seed)
-                for text, tokens in (("Bible, test", test), ("Austen", held_out)):
-                    bits = bits_per_byte(model, tokens)
-                    rows.append((method, rate, seed, text, f"{bits:.4f}"))
-        print(method, best, rows[-2:], flush=True)
-
     with open(DATA / "language_model_sweep.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("method", "rate", "seed", "text", "bits per byte"))
-        writer.writerows(rows)
+
+        def measure(method: str, rate: float, seed: int, texts: dict) -> float:
+            """Train once, write one line for each text, and return the first result."""
+            model = adapt(method, training, rate, seed)
+            bits = {name: bits_per_byte(model, tokens) for name, tokens in texts.items()}
+            writer.writerows((method, rate, seed, name, f"{b:.4f}") for name, b in bits.items())
+            file.flush()
+            return next(iter(bits.values()))
+
+        for method in METHODS:
+            rates = (1e-3, 2e-3, 4e-3) if method == "full" else (1e-2, 2e-2, 4e-2)
+            chosen, best = {}, None
+            while best is None or best in (min(chosen), max(chosen)):  # until it lies inside
+                for rate in rates:
+                    bits = [measure(method, rate, s, {"validation": validation}) for s in CHOICE]
+                    chosen[rate] = sum(bits)
+                best = min(chosen, key=chosen.get)
+                rates = [rate for rate in (best / 2, best * 2) if rate not in chosen]
+            texts = {"test": test, "Austen": held_out}
+            for seed in RESULT:
+                measure(method, best, seed, texts)
+            for rate in set(FRONTIER.get(method, ())) - {best}:
+                for seed in RESULT[:3]:
+                    measure(method, rate, seed, texts)
 
 
 if __name__ == "__main__":
