@@ -1,7 +1,7 @@
 """LoRA from the ground up: the one module that all notebooks share.
 
-Read it from top to bottom, it is ordered like a chapter: where to compute, the LoRA layers, what
-you can do with an adapted model, adapter files, MNIST, and a few helpers to look at results.
+It is ordered like a chapter: where to compute, the LoRA layers, what you can do with an adapted
+model, adapter files, MNIST, and helpers to look at results.
 
 Symbols are those of the paper (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
 https://arxiv.org/abs/2106.09685): a frozen weight W₀ (out × in), its update ΔW = (α/r)·B·A with
@@ -11,12 +11,14 @@ B (out × r) and A (r × in), the rank r, and the constant α.
 import json
 import math
 import os
-import zlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import getsource
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,15 +27,12 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from filelock import FileLock
 from IPython.display import Markdown, display
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------
-# Where to compute
-# --------------------------------------------------------------------------------------
+# --- Where to compute ---------------------------------------------------------------------------
 
 
 def pick_device() -> torch.device:
@@ -45,60 +44,78 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-# --------------------------------------------------------------------------------------
-# The LoRA layers (paper, section 4.1)
-# --------------------------------------------------------------------------------------
+# --- The LoRA layers (notebook 2; paper, section 4.1) -------------------------------------------
 
 
 class LoRAFactors(nn.Module):
-    """The factors B and A of a low-rank update ΔW = (α/r)·B·A to one weight W₀.
+    """The factors B and A of an update ΔW = s·B·A to the weight W₀ of a linear layer.
 
-    A (`lora_A`, r × in) starts Gaussian with standard deviation 1/√in. B (`lora_B`, out × r)
-    starts at zero, so ΔW is zero until the first training step. Both take the weight's device
-    and dtype. `strength` scales the update after training: 1 is as trained, 0 is off.
-
-    Args:
-        weight: the weight W₀ to adapt, out × in.
-        rank: r, from 1 to min(out, in).
-        alpha: α, a positive number.
+    A (`lora_A`, r × in) starts Gaussian with standard deviation 1/√in, B (`lora_B`, out × r) at
+    zero, so ΔW is zero until the first training step. The scaling is s = strength · α/r, where a
+    `strength` of 1 is as trained and 0 is off. The base lends its sizes, device and dtype.
 
     Raises:
-        ValueError: the weight is not a matrix, or the rank or alpha is out of range.
+        ValueError: the rank is not from 1 to min(out, in), or alpha is not a positive number.
     """
 
-    def __init__(self, weight: torch.Tensor, rank: int, alpha: float):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
-        _check_settings(weight.shape, rank, alpha)
-        out_features, in_features = weight.shape
-        like = {"device": weight.device, "dtype": weight.dtype}
-        self.lora_A = nn.Parameter(torch.randn(rank, in_features, **like) / math.sqrt(in_features))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **like))
-        self.rank, self.alpha, self.strength = rank, alpha, 1.0
+        largest = min(base.out_features, base.in_features)
+        if not isinstance(rank, Integral) or not 1 <= rank <= largest:
+            raise ValueError(f"rank must be a whole number from 1 to {largest}, not {rank!r}")
+        if not isinstance(alpha, Real) or not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be a positive number, not {alpha!r}")
+        like = _device_and_dtype(base)
+        A = torch.randn(rank, base.in_features, **like) / math.sqrt(base.in_features)
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        self.rank, self.alpha, self.strength = int(rank), alpha, 1.0
 
     @property
     def scaling(self) -> float:
-        """What B·A is multiplied by: α/r, times the strength."""
+        """s, what B·A is multiplied by: α/r, times the strength."""
         return self.strength * self.alpha / self.rank
 
+    def delta_W(self) -> torch.Tensor:
+        """Return ΔW = s·B·A (out × in)."""
+        return self.scaling * (self.lora_B @ self.lora_A)
 
-def _check_settings(shape: torch.Size, rank: int, alpha: float) -> None:
-    """Raise a ValueError if a weight of this shape cannot have LoRA of this rank and alpha."""
-    if len(shape) != 2:
-        raise ValueError(f"LoRA adapts a weight of 2 dimensions, this one has shape {tuple(shape)}")
-    if type(rank) is not int or not 1 <= rank <= min(shape):
-        raise ValueError(
-            f"rank must be a whole number from 1 to {min(shape)} "
-            f"for a weight of shape {tuple(shape)}, not {rank!r}"
-        )
-    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be a positive number, not {alpha!r}")
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of the settings."""
+        return f"rank={self.rank}, alpha={self.alpha}, strength={self.strength}"
+
+
+def _device_and_dtype(base: nn.Linear) -> dict:
+    """Return where a layer's numbers lie, and its floating type: in four bits, its scales'."""
+    tensors = [*base.parameters(), *base.buffers()]
+    floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    return {"device": tensors[0].device, "dtype": floating[0] if floating else torch.float32}
+
+
+class LoRALinear(LoRAFactors):
+    """LoRA as a second branch beside a linear layer: h = W₀x + b + s·B·A·x.
+
+    It never builds the out × in product B·A, which makes it the cheaper form to train
+    (notebook 6). `add_lora` puts it into a model and freezes W₀ and b.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__(base, rank, alpha)
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return h (… × out) for the input x (… × in)."""
+        h = self.base(x)
+        if self.strength == 0:
+            return h
+        return h + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)
 
 
 class LoRAParametrization(LoRAFactors):
-    """LoRA as a function of the weight: W = W₀ + ΔW, built anew in each forward pass.
+    """LoRA as a function of the weight: W = W₀ + s·B·A, built anew in each forward pass.
 
-    Hand it to `torch.nn.utils.parametrize.register_parametrization(layer, "weight", ...)`. Then
-    `layer.weight` is W, and W₀ stays in `layer.parametrizations.weight.original`.
+    Notebook 3 registers it by hand, with `torch.nn.utils.parametrize.register_parametrization`.
+    Then `layer.weight` is W, and W₀ stays in `layer.parametrizations.weight.original`.
     """
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
@@ -108,116 +125,96 @@ class LoRAParametrization(LoRAFactors):
         return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scaling)
 
 
-class LoRALinear(LoRAFactors):
-    """LoRA as a second branch beside a frozen linear layer: h = W₀x + b + (α/r)·B·A·x.
-
-    It never builds the out × in product B·A, which makes it the cheaper form to train.
-
-    Args:
-        base: the linear layer that holds W₀ and b. It is frozen.
-        rank, alpha: as in `LoRAFactors`.
-
-    Raises:
-        ValueError: the rank or alpha is out of range.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
-        super().__init__(base.weight, rank, alpha)
-        self.base = base.requires_grad_(False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return h (… × out) for the input x (… × in)."""
-        if self.strength == 0:
-            return self.base(x)
-        return self.base(x) + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)
-
-
-# --------------------------------------------------------------------------------------
-# What you can do with an adapted model
-# --------------------------------------------------------------------------------------
+# --- What you can do with an adapted model (notebooks 3 and 4) ----------------------------------
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
-    """Freeze the model and turn its target layers into `LoRALinear` layers, in place.
+    """Turn the model's target layers into `LoRALinear` and freeze all but LoRA, in place.
 
-    Args:
-        model: any model with `nn.Linear` layers.
-        rank, alpha: as in `LoRAFactors`, the same for each target.
-        targets: names of linear layers. As in PEFT, "query" stands for each layer whose full
-            name is "query" or ends in ".query".
+    Each target is the name of a linear layer. As in PEFT, "query" stands for each layer whose
+    full name is "query" or ends in ".query". All get the same rank and alpha.
 
     Raises:
-        ValueError: a target names no linear layer, a target already has LoRA or another
-            parametrization, or the rank or alpha is out of range. The model is then unchanged.
+        ValueError: a target names no linear layer or one that cannot have LoRA, or the rank or
+            alpha is out of range. The model is then unchanged.
     """
-    layers, adapted = _find_targets(model, targets), lora_layers(model)
-    for name, layer in layers.items():
-        if name in adapted:
-            raise ValueError(f"{name} already has LoRA: call merge_lora or remove_lora first")
-        _check_settings(layer.weight.shape, rank, alpha)
-    model.requires_grad_(False)
-    for name, layer in layers.items():
-        model.set_submodule(name, LoRALinear(layer, rank, alpha))
+    layers = _find_targets(model, targets)
+    if twice := lora_layers(model).keys() & layers.keys():
+        raise ValueError(f"{sorted(twice)} have LoRA already: call merge_lora or remove_lora first")
+    _put_in_place(model, {name: LoRALinear(base, rank, alpha) for name, base in layers.items()})
+
+
+def _put_in_place(model: nn.Module, adapted: dict[str, LoRALinear]) -> None:
+    """Put finished LoRA layers into the model, and freeze everything that is no factor."""
+    for name, layer in adapted.items():
+        model.set_submodule(name, layer)
+    for name, parameter in model.named_parameters():
+        if not name.endswith((".lora_A", ".lora_B")):
+            parameter.requires_grad_(False)
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return all linear layers by name; of a `LoRALinear`, the one inside, by the outer name."""
+    adapted = lora_layers(model)
+    inside = {layer.base for layer in adapted.values()}
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if name and isinstance(module, nn.Linear) and module not in inside
+    }
+    return linear | {name: layer.base for name, layer in adapted.items()}
 
 
 def _find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
-    """Return the linear layers that the targets name; of a `LoRALinear`, the one inside."""
-    adapted = lora_layers(model)
-    linear, inside = {}, set()
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            linear[name] = module.base
-            inside.add(module.base)
-        elif isinstance(module, nn.Linear) and module not in inside:
-            linear[name] = module
-    linear.pop("", None)  # a model cannot replace itself, so it cannot be its own target
+    """Return the linear layers that the targets name, in the targets' order."""
     if not isinstance(targets, list) or not targets:
         raise ValueError(f"targets must be a list of layer names, not {targets!r}")
-    found = {}
+    linear, found = _linear_layers(model), {}
     for target in targets:
         matches = {n: m for n, m in linear.items() if n == target or n.endswith(f".{target}")}
         if not matches:
-            names = ", ".join(linear) or "none"
-            raise ValueError(f"no linear layer is named {target!r}; there are {names}")
+            raise ValueError(f"no linear layer is named {target!r}; there are {_ends(linear)}")
         found |= matches
     for name, layer in found.items():
-        if parametrize.is_parametrized(layer, "weight") and name not in adapted:
-            raise ValueError(f"the weight of {name} has a parametrization that is not LoRA")
+        _refuse_unadaptable(model, name, layer)
     return found
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRAFactors]:
-    """Return the LoRA factors of each adapted layer by the layer's name, in the model's order.
+def _ends(names: Iterable[str]) -> str:
+    """Return the different last parts of layer names, for an error message."""
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
+
+
+def _refuse_unadaptable(model: nn.Module, name: str, layer: nn.Linear) -> None:
+    """Raise a ValueError if LoRA in this place would fail later or be passed over in silence."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        reason = f"{type(owner).__name__} reads the weight itself and does not call the layer"
+        raise ValueError(f"{name} cannot have LoRA: {reason}")
+    if parametrize.is_parametrized(layer, "weight"):
+        raise ValueError(f"{name} cannot have LoRA: its weight has a parametrization already")
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the `LoRALinear` layers of a model by name, in the model's order.
 
     Raises:
-        ValueError: a parametrization of LoRA was registered twice on one layer.
+        ValueError: the model is wrapped, so that its layers have other names.
     """
-    layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            layers[name] = module
-        elif parametrize.is_parametrized(module, "weight"):
-            for parametrization in module.parametrizations.weight:
-                if isinstance(parametrization, LoRAParametrization):
-                    if name in layers:
-                        raise ValueError(f"LoRA is registered twice on {name}")
-                    layers[name] = parametrization
-    return layers
+    if isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
+        raise ValueError(f"{type(model).__name__} renames the layers: hand over model.{inner}")
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
-def _require_lora(model: nn.Module) -> dict[str, LoRAFactors]:
-    """Return the model's LoRA layers; raise a ValueError if it has none."""
+def _require_lora(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the model's LoRA layers; raise a ValueError if there are none to work on."""
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("the model has no LoRA layers: call add_lora first")
+        raise ValueError("the model has no LoRALinear layers: call add_lora first")
+    if "" in layers:
+        raise ValueError("this is a LoRALinear alone: hand over the model that holds it")
     return layers
-
-
-def _require_removable_lora(model: nn.Module) -> dict[str, LoRAFactors]:
-    """Return the model's LoRA layers; raise a ValueError if they cannot be replaced."""
-    if isinstance(model, LoRALinear):
-        raise ValueError("a LoRALinear cannot replace itself: hand over the model that holds it")
-    return _require_lora(model)
 
 
 def set_lora_strength(model: nn.Module, strength: float) -> None:
@@ -226,10 +223,10 @@ def set_lora_strength(model: nn.Module, strength: float) -> None:
     Raises:
         ValueError: the model has no LoRA, or the strength is not a finite number.
     """
-    if not isinstance(strength, int | float) or not math.isfinite(strength):
+    if not isinstance(strength, Real) or not math.isfinite(strength):
         raise ValueError(f"strength must be a finite number, not {strength!r}")
-    for layer in _require_lora(model).values():
-        layer.strength = strength
+    for factors in _all_factors(model):
+        factors.strength = strength
 
 
 @contextmanager
@@ -239,52 +236,61 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no LoRA.
     """
-    before = {layer: layer.strength for layer in _require_lora(model).values()}
+    before = [(factors, factors.strength) for factors in _all_factors(model)]
     set_lora_strength(model, 0)
     try:
         yield
     finally:
-        for layer, strength in before.items():
-            layer.strength = strength
+        for factors, strength in before:
+            factors.strength = strength
 
 
+def _all_factors(model: nn.Module) -> list[LoRAFactors]:
+    """Return the factors of a model in either form; raise a ValueError if there are none."""
+    found = [module for module in model.modules() if isinstance(module, LoRAFactors)]
+    if not found:
+        raise ValueError("the model has no LoRA: call add_lora first")
+    return found
+
+
+@torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Add each ΔW to its W₀, at the present strength, and take the LoRA layers away, in place.
 
-    The layers are plain `nn.Linear` again, still frozen (`model.requires_grad_()` undoes that).
+    The layers are plain linear layers again, still frozen (`model.requires_grad_()` undoes that).
 
     Raises:
-        ValueError: the model has no LoRA, or LoRA is switched off: merging would lose it. The
-            model is then unchanged.
+        ValueError: there is no LoRA or it is off, a weight is shared with another layer or not
+            stored as floats, or the sum is not finite. The model is then unchanged.
     """
-    layers = _require_removable_lora(model)
+    layers, owners = _require_lora(model), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
     for name, layer in layers.items():
+        weight = layer.base._parameters.get("weight")
         if layer.strength == 0:
             raise ValueError(f"LoRA is off in {name}: set its strength, or call remove_lora")
+        if weight is None or not weight.is_floating_point():
+            raise ValueError(f"the weight of {name} is not stored as floats: dequantise it first")
+        if len(owners[weight]) > 1:
+            raise ValueError(f"merging would change {' and '.join(owners[weight])}: they are one")
+        if not torch.isfinite(weight + layer.delta_W()).all():
+            raise ValueError(f"merging would put NaN or infinity into {name}")
     for name, layer in layers.items():
-        if isinstance(layer, LoRALinear):
-            with torch.no_grad():
-                layer.base.weight.addmm_(layer.lora_B, layer.lora_A, alpha=layer.scaling)
-            model.set_submodule(name, layer.base)
-        else:
-            parametrized = model.get_submodule(name)
-            parametrize.remove_parametrizations(parametrized, "weight", leave_parametrized=True)
+        layer.base.weight.addmm_(layer.lora_B, layer.lora_A, alpha=layer.scaling)
+        model.set_submodule(name, layer.base)
 
 
 def remove_lora(model: nn.Module) -> None:
     """Take the LoRA layers away, in place: each weight is its W₀ again, bit for bit.
 
-    The layers are plain `nn.Linear` again, still frozen (`model.requires_grad_()` undoes that).
+    The layers are plain linear layers again, still frozen (`model.requires_grad_()` undoes that).
 
     Raises:
         ValueError: the model has no LoRA.
     """
-    for name, layer in _require_removable_lora(model).items():
-        if isinstance(layer, LoRALinear):
-            model.set_submodule(name, layer.base)
-        else:
-            parametrized = model.get_submodule(name)
-            parametrize.remove_parametrizations(parametrized, "weight", leave_parametrized=False)
+    for name, layer in _require_lora(model).items():
+        model.set_submodule(name, layer.base)
 
 
 class ParameterCount(NamedTuple):
@@ -296,13 +302,12 @@ class ParameterCount(NamedTuple):
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the numbers in all parameters of a model, and in those that need a gradient."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return ParameterCount(sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained))
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return ParameterCount(sum(p.numel() for p in parameters), trainable)
 
 
-# --------------------------------------------------------------------------------------
-# Adapter files, in the format of Hugging Face PEFT
-# --------------------------------------------------------------------------------------
+# --- Adapter files, in the format of Hugging Face PEFT (notebook 4) -----------------------------
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -314,18 +319,10 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the model has no LoRA.
     """
-    return {name: factor.detach().clone() for name, factor in _factors(model).items()}
+    return {name: factor.detach().clone() for name, factor in _named_factors(model).items()}
 
 
-def _factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the factors themselves, named as by `lora_state_dict`."""
-    return {
-        f"{name}.{factor}": getattr(layer, factor)
-        for name, layer in _require_lora(model).items()
-        for factor in ("lora_A", "lora_B")
-    }
-
-
+@torch.no_grad()
 def load_lora_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Copy factors, named as by `lora_state_dict`, into an adapted model.
 
@@ -333,37 +330,38 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> No
         ValueError: the model has no LoRA, or a factor is missing, unknown or of another shape.
             The model is then unchanged.
     """
-    parameters = _factors(model)
-    _check_factors(state, {name: parameter.shape for name, parameter in parameters.items()})
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+    factors = _named_factors(model)
+    _check_shapes(state, {name: factor.shape for name, factor in factors.items()})
+    for name, factor in factors.items():
+        factor.copy_(state[name])
 
 
-def _check_factors(state: dict[str, torch.Tensor], expected: dict[str, tuple]) -> None:
+def _named_factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the factors themselves, named as by `lora_state_dict`."""
+    factors = {}
+    for name, layer in _require_lora(model).items():
+        factors |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
+    return factors
+
+
+def _check_shapes(state: dict[str, torch.Tensor], expected: dict[str, tuple]) -> None:
     """Raise a ValueError unless the state has exactly the tensors that are expected, by shape."""
     if missing := sorted(expected.keys() - state.keys()):
         raise ValueError(f"the adapter lacks {', '.join(missing)}")
     if unknown := sorted(state.keys() - expected.keys()):
         raise ValueError(f"the adapter has {', '.join(unknown)}, which the model has no place for")
     for name, shape in expected.items():
-        if tuple(state[name].shape) != tuple(shape):
-            raise ValueError(
-                f"{name} has shape {tuple(state[name].shape)} in the adapter, "
-                f"but the model and the rank ask for {tuple(shape)}"
-            )
+        if (found := state[name].shape) != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(found)}")
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the adapter into a folder that PEFT and `load_adapter` can read.
 
-    The strength is not saved: the file holds the adapter as trained. Both files are complete
-    under temporary names before the first is renamed, and the weights are renamed last. So a
-    save that is cut off leaves the adapter that was there before.
-
-    Args:
-        model: a model with LoRA.
-        folder: created if missing; an adapter in it is replaced.
+    The folder is created if missing; an adapter in it is replaced. The strength is not saved: the
+    files hold the adapter as trained. Each file is written whole under a name of its own, forced
+    to the disk and then renamed, the weights before the settings. So a save that is cut off
+    leaves the old adapter, the new one, or a pair of files that `load_adapter` refuses.
 
     Raises:
         ValueError: the model has no LoRA, its layers differ in rank or alpha, or their names
@@ -377,72 +375,71 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     [(rank, alpha)] = settings
     if others := _find_targets(model, list(layers)).keys() - layers.keys():
         raise ValueError(f"the names {list(layers)} stand for {sorted(others)} too")
-    config = json.dumps(
-        {
-            "peft_type": "LORA",
-            "r": rank,
-            "lora_alpha": alpha,
-            "target_modules": list(layers),
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
-        },
-        indent=2,
-    )
-    tensors = {_peft_name(n): t.cpu().contiguous() for n, t in lora_state_dict(model).items()}
-    weights = safetensors.torch.save(tensors, metadata={"format": "pt", CONFIG_FILE: config})
-    files = {CONFIG_FILE: config.encode(), WEIGHTS_FILE: weights}
-    folder = Path(folder)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(layers)}
+    config |= {"lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    settings = json.dumps(config, indent=2, default=float)
+    tensors = {
+        f"base_model.model.{name}.weight": factor.detach().cpu().contiguous()
+        for name, factor in _named_factors(model).items()
+    }
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt", CONFIG_FILE: settings})
+    _write_files(Path(folder), {WEIGHTS_FILE: weights, CONFIG_FILE: settings.encode()})
+
+
+def _write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write all files completely before the first takes its place, in the order given."""
     folder.mkdir(parents=True, exist_ok=True)
-    old_config = (folder / CONFIG_FILE).read_bytes() if (folder / CONFIG_FILE).exists() else None
+    temporary = {name: folder / f"{name}.{uuid4().hex}.tmp" for name in files}
     try:
         for name, content in files.items():
-            (folder / f"{name}.tmp").write_bytes(content)
-        os.replace(folder / f"{CONFIG_FILE}.tmp", folder / CONFIG_FILE)
-        try:
-            os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
-        except OSError:  # put back the settings of the weights that stay
-            if old_config is None:
-                (folder / CONFIG_FILE).unlink()
-            else:
-                (folder / CONFIG_FILE).write_bytes(old_config)
-            raise
+            with temporary[name].open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # on the disk, not only on its way
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+        if os.name == "posix":  # Windows cannot do this, and needs it less
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)  # the new names, too
+            os.close(descriptor)
     finally:
-        for name in files:
-            (folder / f"{name}.tmp").unlink(missing_ok=True)
-
-
-def _peft_name(name: str) -> str:
-    """Return the name that a factor has in PEFT's file."""
-    return f"base_model.model.{name}.weight"
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Give the model the adapter in a folder, in place of the LoRA layers it has, if any.
 
-    Reads what `save_adapter` wrote, and what PEFT saved for linear layers.
+    Reads what `save_adapter` wrote, and what PEFT saved for linear layers. The names of the
+    tensors say which layers are meant. No random number is drawn.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
-        ValueError: a file is damaged, the adapter is not plain LoRA, or its rank, targets or
-            shapes do not fit the model or each other. The model is then unchanged.
+        ValueError: a file is damaged, the adapter is not plain LoRA, or it does not fit the
+            model. The model is then unchanged.
     """
-    config, tensors = _read_adapter(Path(folder))
-    rank, alpha = config["r"], config["lora_alpha"]
-    layers = _find_targets(model, config["target_modules"])
-    expected = {}
-    for name, layer in layers.items():
-        _check_settings(layer.weight.shape, rank, alpha)
-        expected[_peft_name(f"{name}.lora_A")] = (rank, layer.in_features)
-        expected[_peft_name(f"{name}.lora_B")] = (layer.out_features, rank)
-    _check_factors(tensors, expected)
+    config, factors = _read_adapter(Path(folder))
+    linear = _linear_layers(model)
+    adapted, expected = {}, {}
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in factors):
+        if name not in linear:
+            raise ValueError(f"the adapter is for {name}; the model has {_ends(linear)}")
+        base = linear[name]
+        _refuse_unadaptable(model, name, base)
+        without_numbers = nn.Linear(base.in_features, base.out_features, device="meta")
+        layer = adapted[name] = LoRALinear(without_numbers, config["r"], config["lora_alpha"])
+        expected |= {f"{name}.lora_A": layer.lora_A.shape, f"{name}.lora_B": layer.lora_B.shape}
+    _check_shapes(factors, expected)
+    for name, layer in adapted.items():
+        layer.base, like = linear[name], _device_and_dtype(linear[name])
+        layer.lora_A = nn.Parameter(factors[f"{name}.lora_A"].to(**like))
+        layer.lora_B = nn.Parameter(factors[f"{name}.lora_B"].to(**like))
     if lora_layers(model):
         remove_lora(model)
-    add_lora(model, rank, alpha, list(layers))
-    load_lora_state_dict(model, {n: tensors[_peft_name(n)] for n in _factors(model)})
+    _put_in_place(model, adapted)
 
 
-# Settings that change what an adapter computes without changing its tensors.
+# Settings that change what an adapter computes without changing the names of its tensors.
 NOT_PLAIN_LORA = (
     *("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"),
     *("alora_invocation_tokens", "layer_replication"),
@@ -450,7 +447,7 @@ NOT_PLAIN_LORA = (
 
 
 def _read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return the settings and the tensors in an adapter's folder, checked against each other."""
+    """Return an adapter's settings, and its factors named as by `lora_state_dict`."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no adapter in {folder}: it has no file {name}")
@@ -463,7 +460,7 @@ def _read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"an adapter file in {folder} is damaged: {error}") from error
     if saved_config and json.loads(saved_config) != config:
         raise ValueError(f"{CONFIG_FILE} in {folder} is not the one saved with {WEIGHTS_FILE}")
-    needed = {"peft_type", "r", "lora_alpha", "target_modules"}
+    needed = {"peft_type", "r", "lora_alpha"}
     if not isinstance(config, dict) or needed - config.keys() or config["peft_type"] != "LORA":
         raise ValueError(f"{CONFIG_FILE} in {folder} does not describe a LoRA adapter")
     extras = [name for name in NOT_PLAIN_LORA if config.get(name)]
@@ -471,15 +468,20 @@ def _read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         extras.append("init_lora_weights")  # PiSSA and its like change W₀ too
     if extras:
         raise ValueError(f"the adapter in {folder} uses {', '.join(extras)}: not plain LoRA")
-    return config, tensors
+    factors = {}
+    for name, tensor in tensors.items():
+        plain = re.fullmatch(r"base_model\.model\.(.+\.lora_[AB])\.weight", name)
+        if not plain:
+            raise ValueError(f"the adapter in {folder} holds {name}: not plain LoRA")
+        factors[plain[1]] = tensor
+    if not factors:
+        raise ValueError(f"{WEIGHTS_FILE} in {folder} holds no factors")
+    return config, factors
 
 
-# --------------------------------------------------------------------------------------
-# MNIST and RichBoyNet
-# --------------------------------------------------------------------------------------
+# --- MNIST and RichBoyNet (notebook 3) ----------------------------------------------------------
 
 DATA = Path(__file__).resolve().parent / "data"
-MNIST_CHECKSUMS = {"train": 0x60637407, "test": 0x895A175A}  # CRC-32 of pixels, then labels
 
 
 class Digits(NamedTuple):
@@ -489,31 +491,42 @@ class Digits(NamedTuple):
     labels: torch.Tensor
 
 
-def load_mnist(device: torch.device) -> tuple[Digits, Digits]:
-    """Return MNIST's 60,000 training and 10,000 test digits as tensors on the device.
+def load_mnist(device: torch.device) -> tuple[Digits, Digits, Digits]:
+    """Return 50,000 digits to train on, 10,000 to choose settings by, 10,000 to test on.
 
-    The first call unpacks the archives in `data/`, or downloads them where they are missing.
+    The first two are MNIST's training set. All are tensors on the device. The first call unpacks
+    the archives in `data/`, or downloads them where they are missing.
 
     Raises:
-        RuntimeError: the files are damaged and cannot be downloaded anew.
+        RuntimeError: the files cannot be read, written or downloaded.
     """
-    return _load_digits("train", device), _load_digits("test", device)
+    from torchvision.datasets import MNIST  # takes a second to import, and only this needs it
 
-
-def _load_digits(part: str, device: torch.device) -> Digits:
-    """Return the part "train" or "test", once its checksum has been compared."""
-    raw = DATA / "MNIST" / "raw"
-    advice = f"delete the files without .gz in {raw} and run again, or fetch the archives anew"
     try:
         with FileLock(DATA / "MNIST.lock"):  # two notebooks must not unpack at the same time
-            mnist = torchvision.datasets.MNIST(DATA, train=part == "train", download=True)
+            parts = [MNIST(DATA, train=train, download=True) for train in (True, False)]
+    except OSError as error:  # a folder that cannot be written, a full disk
+        raise RuntimeError(f"MNIST cannot be unpacked in {DATA}: {error}") from error
     except Exception as error:
-        raise RuntimeError(f"MNIST cannot be read: {advice}") from error
-    checksum = zlib.crc32(mnist.targets.numpy(), zlib.crc32(mnist.data.numpy()))
-    if checksum != MNIST_CHECKSUMS[part]:
-        raise RuntimeError(f"MNIST's {part} files are damaged: {advice}")
-    pixels = mnist.data.to(device, torch.float32) / 255
-    return Digits((pixels - 0.1307) / 0.3081, mnist.targets.to(device))
+        advice = f"delete the files without .gz in {DATA / 'MNIST' / 'raw'} and run again"
+        raise RuntimeError(f"MNIST is damaged or missing ({error}): {advice}") from error
+    train, test = (
+        Digits(
+            (part.data.to(device, torch.float32) / 255 - 0.1307) / 0.3081, part.targets.to(device)
+        )
+        for part in parts
+    )
+    return subset(train, slice(50_000)), subset(train, slice(50_000, None)), test
+
+
+def subset(digits: Digits, chosen: slice | torch.Tensor) -> Digits:
+    """Return some of the digits: a slice, a mask of booleans (N), or indices."""
+    return Digits(digits.images[chosen], digits.labels[chosen])
+
+
+def rotate(digits: Digits) -> Digits:
+    """Return the digits turned clockwise by a quarter turn: the new task of notebooks 4 and 5."""
+    return Digits(digits.images.rot90(-1, dims=(1, 2)).contiguous(), digits.labels)
 
 
 class RichBoyNet(nn.Module):
@@ -543,53 +556,127 @@ def train_classifier(
 
     Returns:
         The loss of each batch, before the step it causes.
+
+    Raises:
+        ValueError: there are no data, no batches, or nothing to train.
     """
+    count, device = len(data.labels), data.labels.device
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if min(count, len(trainable), batches, batch_size) < 1:
+        raise ValueError(
+            f"nothing to train: {len(trainable)} trainable tensors, {count} examples, "
+            f"{batches} batches of {batch_size}"
+        )
     optimizer = torch.optim.Adam(trainable, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / batches)
-    count, device = len(data.labels), data.labels.device
     epochs = math.ceil(batches * batch_size / count)
     order = torch.cat([torch.randperm(count, device=device) for _ in range(epochs)])
     losses = []
-    for batch in tqdm(order[: batches * batch_size].view(batches, batch_size), leave=False):
-        loss = F.cross_entropy(model(data.images[batch]), data.labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
+    with _mode(model, training=True):
+        for batch in tqdm(order[: batches * batch_size].view(batches, batch_size), leave=False):
+            loss = F.cross_entropy(model(data.images[batch]), data.labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
     return torch.stack(losses).tolist()
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a model into training or evaluation mode inside a `with` block."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def pretrained_richboynet(train: Digits, seed: int = 0) -> RichBoyNet:
+    """Return the base of notebooks 3 to 6: a RichBoyNet after one epoch of batches of 128."""
+    torch.manual_seed(seed)
+    model = RichBoyNet().to(train.images.device)
+    train_classifier(model, train, batches=len(train.labels) // 128, batch_size=128)
+    return model
 
 
 @torch.no_grad()
 def errors_per_digit(model: nn.Module, data: Digits) -> torch.Tensor:
     """Count the wrong answers for each true digit: a tensor of 10 whole numbers, on the CPU."""
-    wrong = model(data.images).argmax(dim=1) != data.labels
+    with _mode(model, training=False):
+        wrong = model(data.images).argmax(dim=1) != data.labels
     return torch.bincount(data.labels[wrong], minlength=10).cpu()
 
 
-# --------------------------------------------------------------------------------------
-# Looking at results
-# --------------------------------------------------------------------------------------
+def count_errors(model: nn.Module, data: Digits) -> int:
+    """Count the wrong answers for all digits together."""
+    return int(errors_per_digit(model, data).sum())
+
+
+# --- Looking at results -------------------------------------------------------------------------
 
 
 def check(claim: str, condition: bool) -> None:
-    """Print the claim with a tick if it holds, or raise an AssertionError that names it."""
+    """Print the claim with a tick if it holds, or raise an AssertionError that names it.
+
+    Raises:
+        TypeError: the condition is not one truth value (of Python, NumPy or PyTorch).
+    """
+    if isinstance(condition, torch.Tensor) and condition.ndim == 0:
+        condition = condition.item()
+    if not isinstance(condition, bool | np.bool_):
+        raise TypeError(f"the condition must be true or false, not {condition!r}")
     if not condition:
         raise AssertionError(f"this does not hold: {claim}")
     print(f"✓ {claim}")
 
 
-def compare(name: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
-    """Print whether two tensors or arrays are equal, equal up to rounding, and how far apart."""
-    ours, reference = (torch.as_tensor(t).detach().cpu().double() for t in (ours, reference))
+def relative_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return ‖ours − reference‖ / ‖reference‖ (Frobenius norms), and 0 for equal tensors.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    ours, reference = (torch.as_tensor(t).detach().cpu() for t in (ours, reference))
     if ours.shape != reference.shape:
-        raise ValueError(f"{name}: shapes {tuple(ours.shape)} and {tuple(reference.shape)} differ")
-    difference = (ours - reference).abs().max().item()
+        raise ValueError(f"shapes {tuple(ours.shape)} and {tuple(reference.shape)} differ")
+    if torch.equal(ours, reference):
+        return 0.0
+    precise = torch.promote_types(torch.promote_types(ours.dtype, reference.dtype), torch.float64)
+    ours, reference = ours.to(precise), reference.to(precise)
+    return (torch.linalg.norm(ours - reference) / torch.linalg.norm(reference)).item()
+
+
+def compare(name: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
+    """Print whether two tensors are equal, equal up to rounding, and how far apart.
+
+    "Up to rounding" is a relative difference below 1e-5, "far apart" the largest absolute one.
+    """
+    difference = relative_difference(ours, reference)
+    ours, reference = (torch.as_tensor(t).detach().cpu() for t in (ours, reference))
+    largest = (ours - reference).abs().max().item() if difference else 0.0
     print(
-        f"{name}: exact {torch.equal(ours, reference)} | approximate "
-        f"{torch.allclose(ours, reference)} | largest difference {difference:.1e}"
+        f"{name}: exact {difference == 0} | approximate {difference < 1e-5} "
+        f"| largest difference {largest:.1e}"
     )
+
+
+def same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    """Say whether two state dicts hold the same names and the same bits."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def table(rows: Iterable[tuple], head: tuple[str, str] = ("expected", "measured")) -> bool:
+    """Print rows of (name, expected, measured), a tick where the two are equal; say if all are."""
+    print(f"{'':32}{head[0]:>16}{head[1]:>16}  match")
+    matches = []
+    for name, expected, measured in rows:
+        matches.append(expected == measured)
+        print(f"{name:32}{expected:16,}{measured:16,}  {'✓' if matches[-1] else '✗'}")
+    return all(matches)
 
 
 def say(sentence: str) -> None:
@@ -597,13 +684,17 @@ def say(sentence: str) -> None:
     display(Markdown(sentence))
 
 
-def show_source(thing: type) -> None:
+def show_source(thing: type | Callable) -> None:
     """Show the source code of a class or function, highlighted."""
     display(Markdown(f"```python\n{getsource(thing)}```"))
 
 
 # One colour for each meaning, in all notebooks; colour-blind safe together.
-COLORS = {"base": "#4d4d4d", "full": "#009e73", "theory": "#8c8c8c"}
+COLORS = {
+    **{"base": "#4d4d4d", "full": "#009e73", "theory": "#8c8c8c"},
+    **{"last layer": "#8c564b", "biases": "#c49c94"},
+    **{"gradients": "#56b4e9", "optimizer": "#0072b2", "activations": "#f0e442"},
+}
 
 
 def rank_color(rank: int) -> tuple:
@@ -614,51 +705,46 @@ def rank_color(rank: int) -> tuple:
 
 def set_plot_style() -> None:
     """Set the look of all figures: 700 pixels wide, light grid, readable type."""
-    plt.rcParams.update(
-        {
-            "figure.figsize": (7, 4),
-            "figure.dpi": 100,
-            "figure.constrained_layout.use": True,
-            "font.size": 11,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.titlelocation": "left",
-            "grid.color": "#e5e5e5",
-            "legend.frameon": False,
-        }
-    )
+    plt.rc("figure", figsize=(7, 4), dpi=100)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("font", size=11)
+    plt.rc("axes", grid=True, axisbelow=True, titlelocation="left")
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("grid", color="#e5e5e5")
+    plt.rc("legend", frameon=False)
 
 
-def show_images(images: torch.Tensor, titles: list[str], columns: int = 10) -> None:
+def show_figure(alt: str) -> None:
+    """Show the figure just drawn, with a description for those who cannot see it."""
+    display(plt.gcf(), metadata={"image/png": {"alt": alt}})
+    plt.close()
+
+
+def show_images(images: torch.Tensor, titles: list[str], alt: str, columns: int = 10) -> None:
     """Draw grey images (N × height × width) in rows, each with its title."""
     rows = math.ceil(len(images) / columns)
     _, axes = plt.subplots(rows, columns, figsize=(7, 7 / columns * rows * 1.3), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    titled = zip(torch.as_tensor(images).cpu().numpy(), titles, strict=True)
-    for ax, (image, title) in zip(axes.flat, titled, strict=False):
+    for ax, image, title in zip(axes.flat, images.cpu(), titles, strict=False):
         ax.imshow(image, cmap="gray")
         ax.set_title(title, fontsize=10, loc="center")
-    plt.show()
+    show_figure(alt)
 
 
-def plot_errors_per_digit(errors: dict[str, torch.Tensor], colors: list, title: str) -> None:
-    """Draw wrong answers for each digit as grouped bars, one group of bars for each digit.
-
-    Args:
-        errors: by name, counts as `errors_per_digit` returns them.
-        colors: one for each name.
-        title: what the figure shows.
-    """
-    _, ax = plt.subplots()
-    width = 0.8 / len(errors)
-    for i, ((name, counts), color) in enumerate(zip(errors.items(), colors, strict=True)):
-        offset = (i - (len(errors) - 1) / 2) * width
-        ax.bar(np.arange(10) + offset, counts.tolist(), width, color=color, label=name)
-    ax.set(xticks=range(10), xlabel="true digit", ylabel="wrong answers", title=title, ylim=0)
-    ax.grid(axis="x", visible=False)
-    if len(errors) > 1:
-        ax.legend()
-    plt.show()
+def show_boxes(rows: int, columns: int, rank: int, alt: str) -> None:
+    """Draw W₀ (rows × columns), B (rows × rank) and A (rank × columns) as boxes to scale."""
+    figure, ax = plt.subplots(figsize=(7, 1 + 2.5 * rows / columns))
+    gap, x = 0.2 * columns, 0.0
+    for name, height, width in (("W₀", rows, columns), ("B", rows, rank), ("A", rank, columns)):
+        color = COLORS["base"] if name == "W₀" else rank_color(rank)
+        bottom = (rows - height) / 2
+        ax.add_patch(plt.Rectangle((x, bottom), width, height, color=color))
+        label = f"{name}: {height:,} × {width:,}"
+        ax.text(x + width / 2, bottom - 0.04 * rows, label, ha="center", va="top")
+        x += width + gap
+    ax.text(columns + gap / 2, rows / 2, "+", ha="center", va="center", fontsize=16)
+    ax.text(columns + 1.5 * gap + rank, rows / 2, "·", ha="center", va="center", fontsize=20)
+    ax.set(xlim=(0, x - gap), ylim=(-0.15 * rows, rows), aspect="equal")
+    ax.axis("off")
+    show_figure(alt)
