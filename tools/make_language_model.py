@@ -1,6 +1,6 @@
 """Make the small language model of notebook 7, a Llama that has read Jane Austen.
 
-python tools/make_language_model.py               writes data/language_model; about 7 CPU minutes
+python tools/make_language_model.py               writes data/language_model; 7 to 10 CPU minutes
 python tools/make_language_model.py FOLDER STEPS  writes FOLDER, after STEPS steps
 
 The folder looks like one from the Hugging Face Hub: config.json, model.safetensors in 16 bits, a
