@@ -150,6 +150,9 @@ def main(folder: str = str(DATA / "language_model"), steps: str = str(STEPS)) ->
 
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    settings = Path(folder, "tokenizer_config.json")  # with the name that transformers 4 knows
+    written = settings.read_text(encoding="utf-8")
+    settings.write_text(written.replace("TokenizersBackend", "PreTrainedTokenizerFast"), "utf-8")
     weights = Path(folder, "model.safetensors")
     weights.chmod(0o644)  # safetensors writes it for the owner alone
     checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
