@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "data" / "language_model"
 SEVEN = sweep_language_model.ATTENTION + sweep_language_model.MLP
 IDS = torch.arange(40).view(2, 20) * 7
-FAMILIES = ["llama", "mistral", "qwen2"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
 
 
 def tiny(family, **settings):
@@ -26,6 +26,8 @@ def tiny(family, **settings):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     ends = {"vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if family.startswith("gemma"):
+        heads["head_dim"] = 16
     config = AutoConfig.for_model(family, **sizes | heads | ends | settings)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -174,8 +176,16 @@ def test_the_sweep_holds_what_its_script_says():
         validation = {rate: sum(b.values()) for (text, rate), b in seeds.items() if text[0] == "v"}
         best = min(validation, key=validation.get)
         assert min(validation) < best < max(validation), "the best rate lies inside the range"
+        for rate in {best, *sweep_language_model.FRONTIER.get(method, ())}:
+            for text in ("test", "Austen"):
+                assert sorted(seeds[text, rate]) == sorted(sweep_language_model.RESULT)
+    for rate in sweep_language_model.CONTROL_RATES:
         for text in ("test", "Austen"):
-            assert sorted(seeds[text, best]) == sorted(sweep_language_model.RESULT)
+            control = (r for r in rows if r["method"] == sweep_language_model.CONTROL)
+            found = {
+                int(r["seed"]) for r in control if r["text"] == text and float(r["rate"]) == rate
+            }
+            assert found == set(sweep_language_model.RESULT)
 
 
 # Notebook 7 on other models
@@ -209,10 +219,19 @@ def save(model, folder):
     AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_the_notebook_runs_on_another_model(family, run_notebook, tmp_path):
-    save(tiny(family), tmp_path)
+def test_the_notebook_runs_on_another_model(run_notebook, tmp_path):
+    save(tiny("qwen2"), tmp_path)
     names = run_notebook(tmp_path)
+    assert not names["SMALL"] and names["model"].config.model_type == "qwen2"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma", "gemma2"])
+def test_attention_by_hand_is_that_of_other_families(family, run_notebook, tmp_path):
+    model = tiny(family)
+    if family == "gemma2":  # scores large enough for its cap of 50 to matter
+        model.model.layers[0].self_attn.q_proj.weight.data *= 3000
+    save(model, tmp_path)
+    names = run_notebook(tmp_path, until="attention-check")
     assert not names["SMALL"] and names["model"].config.model_type == family
 
 

@@ -1,6 +1,6 @@
 """Where should LoRA sit, and does it forget less? The trainings whose results notebook 7 shows.
 
-python tools/sweep_language_model.py    writes data/language_model_sweep.csv; about 8 CPU minutes
+python tools/sweep_language_model.py    writes data/language_model_sweep.csv; about 15 CPU minutes
 
 Each training adapts the small language model to the Bible, as notebook 7 does. The seed CHOICE is
 measured on validation text alone, and chooses the learning rate of each method. The seeds RESULT
@@ -23,7 +23,7 @@ from lora_utils import add_lora  # noqa: E402
 
 DATA = ROOT / "data"
 STEPS, BATCH, LENGTH, CONTEXT = 120, 8, 64, 128
-CHOICE, RESULT = 0, (100, 101, 102)
+CHOICE, RESULT = 0, (100, 101, 102, 103, 104)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
@@ -40,6 +40,8 @@ FRONTIER = {  # these are measured at more rates than their best
     "all, r = 4": (5e-3, 2e-2),
     "full": (5e-4, 2e-3),
 }
+# The control: full fine-tuning of the layers that LoRA adapts, without the table and the norms.
+CONTROL, CONTROL_RATES = "full, seven layers", (5e-4, 2e-3, 4e-3)
 
 
 def read(name: str) -> str:
@@ -87,7 +89,10 @@ def load():
 def adapt(method: str, tokens: torch.Tensor, rate: float, seed: int):
     model = load()
     torch.manual_seed(seed)
-    if METHODS[method]:
+    if method == CONTROL:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.split(".")[-2] in ATTENTION + MLP)
+    elif METHODS[method]:
         rank, targets = METHODS[method]
         add_lora(model, rank, alpha=rank, targets=targets)
     train(model, tokens, rate, seed)
@@ -128,6 +133,9 @@ def main() -> None:
             for rate in sorted({best, *FRONTIER.get(method, ())}):
                 for seed in RESULT:
                     measure(method, rate, seed, texts)
+        for rate in CONTROL_RATES:
+            for seed in RESULT:
+                measure(CONTROL, rate, seed, texts)
 
 
 if __name__ == "__main__":
