@@ -1,14 +1,16 @@
 """LoRA from the ground up: the one module that all notebooks share.
 
 It is ordered like a chapter: where to compute, the LoRA layers, what you can do with an adapted
-model, adapter files, MNIST, and helpers to look at results. Names that begin with `_` are
-details, at the end of each part: skip them on a first reading, and the drawing helpers, too.
+model, adapter files, MNIST, helpers to look at results, and a language model. Names that begin
+with `_` are details, at the end of each part: skip them on a first reading, and the drawing
+helpers, too.
 
 Symbols are those of the paper (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
 https://arxiv.org/abs/2106.09685): a frozen weight W₀ (out × in), its update ΔW = (α/r)·B·A with
 B (out × r) and A (r × in), the rank r, and the constant α.
 """
 
+import gzip
 import json
 import math
 import os
@@ -784,3 +786,94 @@ def show_boxes(rows: int, columns: int, rank: int, alt: str) -> None:
     ax.set(xlim=(0, x - gap), ylim=(-0.25 * rows, rows), aspect="equal")
     ax.axis("off")
     show_figure(alt)
+
+
+# --- A language model (notebook 7) --------------------------------------------------------------
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+def load_language_model(name: str, device: torch.device) -> tuple[nn.Module, Callable]:
+    """Return a model in float32 and its tokenizer, from a folder in `data/` or from the Hub.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: its linear layers do not have the seven names in ATTENTION and MLP.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds to import
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source = DATA / name if (DATA / name).is_dir() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source).float()
+    except OSError as error:
+        raise OSError(f"{name!r} is no folder in data/, and cannot be had from the Hub") from error
+    linear = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if missing := set(ATTENTION + MLP) - linear:
+        advice = "take a Llama, Mistral, Qwen or Gemma"
+        raise ValueError(f"{name!r} has no linear layers {sorted(missing)}: {advice}")
+    return model.to(device).eval(), tokenizer
+
+
+def load_text(name: str) -> tuple[str, str, str]:
+    """Return a text of `data/texts`: 80 % to train on, 10 % to choose settings by, 10 % to test."""
+    text = gzip.decompress((DATA / "texts" / f"{name}.txt.gz").read_bytes()).decode("ascii")
+    eight, nine = int(0.8 * len(text)), int(0.9 * len(text))
+    return text[:eight], text[eight:nine], text[nine:]
+
+
+def encode(tokenizer: Callable, text: str, device: torch.device) -> torch.Tensor:
+    """Return the numbers of a text's tokens, without a token that would mark its start."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, device=device)
+
+
+def token_bits(model: nn.Module, tokenizer: Callable, windows: torch.Tensor) -> torch.Tensor:
+    """Return the bits of each token but the first in each window (windows × tokens)."""
+    # The token with which some models start a text; the small one has none.
+    opening = torch.tensor([tokenizer("").input_ids], dtype=torch.long, device=windows.device)
+    inputs = torch.cat([opening.expand(len(windows), -1), windows[:, :-1]], dim=1)
+    logits = model(inputs, use_cache=False).logits[:, opening.shape[1] :]
+    nats = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    return nats.view(len(windows), -1) / math.log(2)
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, tokenizer: Callable, text: str) -> float:
+    """Return the model's bits per byte, with at most 128 tokens to look back on."""
+    windows = encode(tokenizer, text, model.device).unfold(0, 129, 128)
+    bits = sum(token_bits(model, tokenizer, part).sum().item() for part in windows.split(16))
+    return bits / len(tokenizer.decode(windows[:, 1:].flatten()).encode())
+
+
+def train_language_model(
+    model: nn.Module,
+    tokenizer: Callable,
+    text: str,
+    steps: int,
+    rate: float,
+    seed: int,
+    start: int = 0,
+    stop: int | None = None,
+    state: dict | None = None,
+) -> dict:
+    """Train what needs a gradient with Adam, in place, and return the optimizer's state.
+
+    A step takes 8 pieces of 64 tokens from anywhere in the text; the rate falls to zero. To
+    interrupt a training, `stop` at a step; to resume it, `start` there, with the state returned.
+    """
+    tokens, generator = encode(tokenizer, text, model.device), torch.Generator().manual_seed(seed)
+    places = torch.randint(len(tokens) - 64, (steps, 8, 1), generator=generator)
+    pieces = places.to(tokens.device) + torch.arange(65, device=tokens.device)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for step in range(start, steps if stop is None else stop):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        loss = token_bits(model, tokenizer, tokens[pieces[step]]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return optimizer.state_dict()
