@@ -180,6 +180,11 @@ def test_the_sweep_holds_what_its_script_says():
         for rate in {best, *sweep_language_model.FRONTIER.get(method, ())}:
             for text in ("test", "Austen"):
                 assert sorted(seeds[text, rate]) == sorted(sweep_language_model.RESULT)
+    for method, rate in sweep_language_model.WEAKENED.items():
+        for strength in sweep_language_model.STRENGTHS:
+            weaker = [r for r in rows if r["method"] == f"{method} × {strength}"]
+            assert len(weaker) == 2 * len(sweep_language_model.RESULT)
+            assert {float(row["rate"]) for row in weaker} == {rate}
     for rate in sweep_language_model.CONTROL_RATES:
         for text in ("test", "Austen"):
             control = (r for r in rows if r["method"] == sweep_language_model.CONTROL)

@@ -1,12 +1,13 @@
 """Where should LoRA sit, and does it forget less? The trainings whose results notebook 7 shows.
 
-python tools/sweep_language_model.py    writes data/language_model_sweep.csv; about 15 CPU minutes
+python tools/sweep_language_model.py    writes data/language_model_sweep.csv; about 18 CPU minutes
 
 Each training adapts the small language model to the Bible, as notebook 7 does. The seed CHOICE is
 measured on validation text alone, and chooses the learning rate of each method. The seeds RESULT
 took no part in the choice. They are measured on the Bible's test text, and on Austen.
 """
 
+import copy
 import csv
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from lora_utils import (  # noqa: E402
     bits_per_byte,
     load_language_model,
     load_text,
+    lora_layers,
+    set_lora_strength,
     train_language_model,
 )
 
@@ -43,6 +46,8 @@ FRONTIER = {  # these are measured at more rates than their best
 }
 # The control: full fine-tuning of the layers that LoRA adapts, without the table and the norms.
 CONTROL, CONTROL_RATES = "full, seven layers", (5e-4, 2e-3, 4e-3)
+# These are measured at a smaller strength, too: with a part of their ΔW.
+WEAKENED, STRENGTHS = {"all, r = 4": 2e-2, "full": 2e-3, CONTROL: 2e-3}, (0.75, 0.5)
 
 
 def load():
@@ -63,6 +68,15 @@ def adapt(method: str, text: str, rate: float, seed: int):
     return model, tokenizer
 
 
+def weaken(model, strength: float) -> None:
+    """Keep this part of ΔW, the change that the training made."""
+    if lora_layers(model):
+        set_lora_strength(model, strength)
+        return
+    base = load()[0].state_dict()
+    model.load_state_dict({n: base[n].lerp(W, strength) for n, W in model.state_dict().items()})
+
+
 def main() -> None:
     torch.set_num_threads(1)  # sums in one order
     training, validation, test = load_text("kjv")
@@ -74,11 +88,21 @@ def main() -> None:
 
         def measure(method: str, rate: float, seed: int, texts: dict) -> float:
             """Train once, write one line for each text, and return the first result."""
-            adapted = adapt(method, training, rate, seed)
-            bits = {name: bits_per_byte(*adapted, text) for name, text in texts.items()}
-            writer.writerows((method, rate, seed, name, f"{b:.4f}") for name, b in bits.items())
-            file.flush()
-            return next(iter(bits.values()))
+            model, tokenizer = adapt(method, training, rate, seed)
+
+            def write(label: str) -> float:
+                bits = {name: bits_per_byte(model, tokenizer, t) for name, t in texts.items()}
+                writer.writerows((label, rate, seed, name, f"{b:.4f}") for name, b in bits.items())
+                file.flush()
+                return next(iter(bits.values()))
+
+            result, whole = write(method), copy.deepcopy(model.state_dict())
+            if WEAKENED.get(method) == rate and seed in RESULT:
+                for strength in STRENGTHS:
+                    model.load_state_dict(whole)
+                    weaken(model, strength)
+                    write(f"{method} × {strength}")
+            return result
 
         texts = {"test": test, "Austen": held_out}
         base = load()
