@@ -10,6 +10,8 @@ took no part in the choice. They are measured on the Bible's test text, and on A
 import copy
 import csv
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,6 +79,17 @@ def weaken(model, strength: float) -> None:
     model.load_state_dict({n: base[n].lerp(W, strength) for n, W in model.state_dict().items()})
 
 
+def best_rate(measure: Callable[[float], float], rates: Sequence[float]) -> float:
+    """Measure these rates, and on by factors of two until the best lies inside; return it."""
+    found, best = {}, None
+    while best is None or best in (min(found), max(found)):
+        for rate in rates:
+            found[rate] = measure(rate)
+        best = min(found, key=found.get)
+        rates = [rate for rate in (best / 2, best * 2) if rate not in found]
+    return best
+
+
 def main() -> None:
     torch.set_num_threads(1)  # sums in one order
     training, validation, test = load_text("kjv")
@@ -110,12 +123,8 @@ def main() -> None:
             writer.writerow(("base", 0, "", name, f"{bits_per_byte(*base, text):.4f}"))
         for method in METHODS:
             rates = (2e-3, 4e-3, 8e-3) if method == "full" else (1e-2, 2e-2, 4e-2)
-            chosen, best = {}, None
-            while best is None or best in (min(chosen), max(chosen)):  # until it lies inside
-                for rate in rates:
-                    chosen[rate] = measure(method, rate, CHOICE, {"validation": validation})
-                best = min(chosen, key=chosen.get)
-                rates = [rate for rate in (best / 2, best * 2) if rate not in chosen]
+            choice = {"seed": CHOICE, "texts": {"validation": validation}}
+            best = best_rate(partial(measure, method, **choice), rates)
             for rate in sorted({best, *FRONTIER.get(method, ())}):
                 for seed in RESULT:
                     measure(method, rate, seed, texts)
