@@ -1,36 +1,51 @@
 PYTHON ?= python3
-PY := .venv/bin/python
+PY := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 READY := .venv/ready
 
-.PHONY: help run test lab refresh stamp clean
+# Some notebooks only: make refresh NAMES="02_lora_regression 04_adapters"
+NAMES ?=
+
+# One worker per core. The cells of one notebook share a kernel, so they must share a worker.
+NBVAL := -n auto --dist loadscope --nbval --nbval-current-env --nbval-cell-timeout=300
+
+.PHONY: help run check test lab refresh seeds stamp clean
 
 help:  ## show these lines
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 run: $(READY)  ## execute all notebooks; copies and HTML pages go to build/
-	$(PY) tools/notebooks.py run
+	$(PY) tools/notebooks.py run $(NAMES)
 
-test: $(READY)  ## lint, unit tests, and all notebooks against their stored outputs
+check: $(READY)  ## lint the code and the notebooks, in seconds: nothing is executed
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m pytest
+	$(PY) tools/conventions.py
+
+test: check  ## check, unit tests, and all notebooks against their stored outputs
+	$(PY) -m pytest $(NBVAL) tests notebooks
 
 lab: $(READY)  ## open JupyterLab on the first notebook
 	$(PY) -m jupyterlab --ServerApp.root_dir=. $(firstword $(sort $(wildcard notebooks/*.ipynb)))
 
 refresh: $(READY)  ## execute all notebooks in place and clean their stored outputs
-	$(PY) tools/notebooks.py refresh
+	$(PY) tools/notebooks.py refresh $(NAMES)
 
-stamp: $(READY)  ## write the repository's address into badges, set-up cells and README
-	$(PY) tools/notebooks.py stamp
+seeds: $(READY)  ## try every claim of the notebooks with ten other sets of seeds
+	$(PY) tools/notebooks.py seeds $(NAMES)
+
+stamp: $(READY)  ## write the address of git's origin, or REPOSITORY=..., into all links to it
+	$(PY) tools/stamp.py $(REPOSITORY)
 
 clean:  ## remove build/, caches and unpacked data; .venv stays
 	rm -rf build .pytest_cache .ruff_cache data/MNIST/raw/*-ubyte data/MNIST.lock
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The set-up: once, and again when requirements.txt changes. A failed step leaves no `ready`.
+# uv takes a third of pip's time. It does not read pip's configuration, so pip has a try, too.
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + v + ". Try: make PYTHON=/path/to/a/newer/python3 ...")'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -r requirements.txt
+	$(PY) -m pip install uv
+	$(PY) -m uv pip install --python $(PY) -r requirements.txt || \
+		{ echo "uv failed, see above. Now the same with pip:"; $(PY) -m pip install -r requirements.txt; }
 	touch $@

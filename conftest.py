@@ -3,6 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores, and results repeat
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait leave the core to another worker
 os.environ["TQDM_DISABLE"] = "1"
 
 

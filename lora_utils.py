@@ -1,7 +1,8 @@
 """LoRA from the ground up: the one module that all notebooks share.
 
 It is ordered like a chapter: where to compute, the LoRA layers, what you can do with an adapted
-model, adapter files, MNIST, and helpers to look at results.
+model, adapter files, MNIST, and helpers to look at results. Names that begin with `_` are
+details, at the end of each part: skip them on a first reading, and the drawing helpers, too.
 
 Symbols are those of the paper (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
 https://arxiv.org/abs/2106.09685): a frozen weight W₀ (out × in), its update ΔW = (α/r)·B·A with
@@ -52,7 +53,7 @@ class LoRAFactors(nn.Module):
 
     A (`lora_A`, r × in) starts Gaussian with standard deviation 1/√in, B (`lora_B`, out × r) at
     zero, so ΔW is zero until the first training step. The scaling is s = strength · α/r, where a
-    `strength` of 1 is as trained and 0 is off. The base lends its sizes, device and dtype.
+    `strength` of 1 is as trained and 0 is off. Of `base`, sizes, device and dtype are used.
 
     Raises:
         ValueError: the rank is not from 1 to min(out, in), or alpha is not a positive number.
@@ -65,10 +66,10 @@ class LoRAFactors(nn.Module):
             raise ValueError(f"rank must be a whole number from 1 to {largest}, not {rank!r}")
         if not isinstance(alpha, Real) or not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be a positive number, not {alpha!r}")
-        like = _device_and_dtype(base)
-        A = torch.randn(rank, base.in_features, **like) / math.sqrt(base.in_features)
+        kind = _device_and_dtype(base)
+        A = torch.randn(rank, base.in_features, **kind) / math.sqrt(base.in_features)
         self.lora_A = nn.Parameter(A)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **kind))
         self.rank, self.alpha, self.strength = int(rank), alpha, 1.0
 
     @property
@@ -80,16 +81,13 @@ class LoRAFactors(nn.Module):
         """Return ΔW = s·B·A (out × in)."""
         return self.scaling * (self.lora_B @ self.lora_A)
 
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W = W₀ + s·B·A (out × in) for the weight W₀."""
+        return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scaling)  # its alpha is s
+
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the settings."""
         return f"rank={self.rank}, alpha={self.alpha}, strength={self.strength}"
-
-
-def _device_and_dtype(base: nn.Linear) -> dict:
-    """Return where a layer's numbers lie, and its floating type: in four bits, its scales'."""
-    tensors = [*base.parameters(), *base.buffers()]
-    floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
-    return {"device": tensors[0].device, "dtype": floating[0] if floating else torch.float32}
 
 
 class LoRALinear(LoRAFactors):
@@ -104,9 +102,9 @@ class LoRALinear(LoRAFactors):
         self.base = base
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return h (… × out) for the input x (… × in)."""
+        """Return h (… × out) for the input x (… × in): examples are rows, hence the transposes."""
         h = self.base(x)
-        if self.strength == 0:
+        if self.strength == 0:  # off: the base bit for bit, even where 0 · ∞ would be NaN
             return h
         return h + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)
 
@@ -122,7 +120,14 @@ class LoRAParametrization(LoRAFactors):
         """Return W (out × in) for the weight W₀ (out × in)."""
         if self.strength == 0:
             return weight
-        return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scaling)
+        return self.merged(weight)
+
+
+def _device_and_dtype(base: nn.Linear) -> dict:
+    """Return the device of a layer, and the dtype of its factors: the first floating one in it."""
+    tensors = [*base.parameters(), *base.buffers()]  # of a packed 4-bit weight, the scales float
+    floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    return {"device": tensors[0].device, "dtype": floating[0] if floating else torch.float32}
 
 
 # --- What you can do with an adapted model (notebooks 3 and 4) ----------------------------------
@@ -139,7 +144,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> N
             alpha is out of range. The model is then unchanged.
     """
     layers = _find_targets(model, targets)
-    if twice := lora_layers(model).keys() & layers.keys():
+    twice = lora_layers(model).keys() & layers.keys()
+    if twice:
         raise ValueError(f"{sorted(twice)} have LoRA already: call merge_lora or remove_lora first")
     _put_in_place(model, {name: LoRALinear(base, rank, alpha) for name, base in layers.items()})
 
@@ -153,48 +159,6 @@ def _put_in_place(model: nn.Module, adapted: dict[str, LoRALinear]) -> None:
             parameter.requires_grad_(False)
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return all linear layers by name; of a `LoRALinear`, the one inside, by the outer name."""
-    adapted = lora_layers(model)
-    inside = {layer.base for layer in adapted.values()}
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if name and isinstance(module, nn.Linear) and module not in inside
-    }
-    return linear | {name: layer.base for name, layer in adapted.items()}
-
-
-def _find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
-    """Return the linear layers that the targets name, in the targets' order."""
-    if not isinstance(targets, list) or not targets:
-        raise ValueError(f"targets must be a list of layer names, not {targets!r}")
-    linear, found = _linear_layers(model), {}
-    for target in targets:
-        matches = {n: m for n, m in linear.items() if n == target or n.endswith(f".{target}")}
-        if not matches:
-            raise ValueError(f"no linear layer is named {target!r}; there are {_ends(linear)}")
-        found |= matches
-    for name, layer in found.items():
-        _refuse_unadaptable(model, name, layer)
-    return found
-
-
-def _ends(names: Iterable[str]) -> str:
-    """Return the different last parts of layer names, for an error message."""
-    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
-
-
-def _refuse_unadaptable(model: nn.Module, name: str, layer: nn.Linear) -> None:
-    """Raise a ValueError if LoRA in this place would fail later or be passed over in silence."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-        reason = f"{type(owner).__name__} reads the weight itself and does not call the layer"
-        raise ValueError(f"{name} cannot have LoRA: {reason}")
-    if parametrize.is_parametrized(layer, "weight"):
-        raise ValueError(f"{name} cannot have LoRA: its weight has a parametrization already")
-
-
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Return the `LoRALinear` layers of a model by name, in the model's order.
 
@@ -205,16 +169,6 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
         inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
         raise ValueError(f"{type(model).__name__} renames the layers: hand over model.{inner}")
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-
-
-def _require_lora(model: nn.Module) -> dict[str, LoRALinear]:
-    """Return the model's LoRA layers; raise a ValueError if there are none to work on."""
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("the model has no LoRALinear layers: call add_lora first")
-    if "" in layers:
-        raise ValueError("this is a LoRALinear alone: hand over the model that holds it")
-    return layers
 
 
 def set_lora_strength(model: nn.Module, strength: float) -> None:
@@ -245,14 +199,6 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
             factors.strength = strength
 
 
-def _all_factors(model: nn.Module) -> list[LoRAFactors]:
-    """Return the factors of a model in either form; raise a ValueError if there are none."""
-    found = [module for module in model.modules() if isinstance(module, LoRAFactors)]
-    if not found:
-        raise ValueError("the model has no LoRA: call add_lora first")
-    return found
-
-
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Add each ΔW to its W₀, at the present strength, and take the LoRA layers away, in place.
@@ -263,21 +209,10 @@ def merge_lora(model: nn.Module) -> None:
         ValueError: there is no LoRA or it is off, a weight is shared with another layer or not
             stored as floats, or the sum is not finite. The model is then unchanged.
     """
-    layers, owners = _require_lora(model), {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name)
+    layers = _require_lora(model)
+    _refuse_unmergeable(model, layers)
     for name, layer in layers.items():
-        weight = layer.base._parameters.get("weight")
-        if layer.strength == 0:
-            raise ValueError(f"LoRA is off in {name}: set its strength, or call remove_lora")
-        if weight is None or not weight.is_floating_point():
-            raise ValueError(f"the weight of {name} is not stored as floats: dequantise it first")
-        if len(owners[weight]) > 1:
-            raise ValueError(f"merging would change {' and '.join(owners[weight])}: they are one")
-        if not torch.isfinite(weight + layer.delta_W()).all():
-            raise ValueError(f"merging would put NaN or infinity into {name}")
-    for name, layer in layers.items():
-        layer.base.weight.addmm_(layer.lora_B, layer.lora_A, alpha=layer.scaling)
+        layer.base.weight.copy_(layer.merged(layer.base.weight))
         model.set_submodule(name, layer.base)
 
 
@@ -307,6 +242,87 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(p.numel() for p in parameters), trainable)
 
 
+# Details: find the layers, refuse what would go wrong.
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return all linear layers by name. Where LoRA is, that is its base, by the name it had."""
+    layers, adapted = {}, lora_layers(model)
+    for name, module in model.named_modules():
+        if name in adapted:
+            layers[name] = adapted[name].base
+        elif name and isinstance(module, nn.Linear) and name.removesuffix(".base") not in adapted:
+            layers[name] = module
+    return layers
+
+
+def _find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
+    """Return the linear layers that the targets name, in the targets' order."""
+    if not isinstance(targets, list) or not targets:
+        raise ValueError(f"targets must be a list of layer names, not {targets!r}")
+    linear, found = _linear_layers(model), {}
+    for target in targets:
+        matches = {n: m for n, m in linear.items() if n == target or n.endswith(f".{target}")}
+        if not matches:
+            raise ValueError(
+                f"no linear layer is named {target!r}; there are {_last_parts(linear)}"
+            )
+        found |= matches
+    for name, layer in found.items():
+        _refuse_unadaptable(model, name, layer)
+    return found
+
+
+def _last_parts(names: Iterable[str]) -> str:
+    """Return the different last parts of layer names, for an error message."""
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
+
+
+def _refuse_unadaptable(model: nn.Module, name: str, layer: nn.Linear) -> None:
+    """Raise a ValueError if LoRA in this place would fail later or be passed over in silence."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        reason = f"{type(owner).__name__} reads the weight itself and does not call the layer"
+        raise ValueError(f"{name} cannot have LoRA: {reason}")
+    if parametrize.is_parametrized(layer, "weight"):
+        raise ValueError(f"{name} cannot have LoRA: its weight has a parametrization already")
+
+
+def _require_lora(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the model's LoRA layers; raise a ValueError if there are none to work on."""
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no LoRALinear layers: call add_lora first")
+    if "" in layers:
+        raise ValueError("this is a LoRALinear alone: hand over the model that holds it")
+    return layers
+
+
+def _all_factors(model: nn.Module) -> list[LoRAFactors]:
+    """Return the factors of a model in either form; raise a ValueError if there are none."""
+    found = [module for module in model.modules() if isinstance(module, LoRAFactors)]
+    if not found:
+        raise ValueError("the model has no LoRA: call add_lora first")
+    return found
+
+
+def _refuse_unmergeable(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    """Raise a ValueError if merging one of the layers would lose or spoil something."""
+    owners = {}  # of each tensor: a tied output head is the embedding, too
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    for name, layer in layers.items():
+        weight = dict(layer.base.named_parameters()).get("weight")  # not one computed on demand
+        if layer.strength == 0:
+            raise ValueError(f"LoRA is off in {name}: set its strength, or call remove_lora")
+        if weight is None or not weight.is_floating_point():
+            raise ValueError(f"the weight of {name} is not stored as floats: dequantise it first")
+        if len(owners[weight]) > 1:
+            raise ValueError(f"merging would change {' and '.join(owners[weight])}: they are one")
+        if not torch.isfinite(layer.merged(weight)).all():
+            raise ValueError(f"merging would put NaN or infinity into {name}")
+
+
 # --- Adapter files, in the format of Hugging Face PEFT (notebook 4) -----------------------------
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -319,7 +335,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the model has no LoRA.
     """
-    return {name: factor.detach().clone() for name, factor in _named_factors(model).items()}
+    factors = _named_factors(_require_lora(model))
+    return {name: factor.detach().clone() for name, factor in factors.items()}
 
 
 @torch.no_grad()
@@ -330,29 +347,10 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> No
         ValueError: the model has no LoRA, or a factor is missing, unknown or of another shape.
             The model is then unchanged.
     """
-    factors = _named_factors(model)
-    _check_shapes(state, {name: factor.shape for name, factor in factors.items()})
+    factors = _named_factors(_require_lora(model))
+    _check_shapes(state, factors)
     for name, factor in factors.items():
         factor.copy_(state[name])
-
-
-def _named_factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the factors themselves, named as by `lora_state_dict`."""
-    factors = {}
-    for name, layer in _require_lora(model).items():
-        factors |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
-    return factors
-
-
-def _check_shapes(state: dict[str, torch.Tensor], expected: dict[str, tuple]) -> None:
-    """Raise a ValueError unless the state has exactly the tensors that are expected, by shape."""
-    if missing := sorted(expected.keys() - state.keys()):
-        raise ValueError(f"the adapter lacks {', '.join(missing)}")
-    if unknown := sorted(state.keys() - expected.keys()):
-        raise ValueError(f"the adapter has {', '.join(unknown)}, which the model has no place for")
-    for name, shape in expected.items():
-        if (found := state[name].shape) != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(found)}")
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -369,42 +367,24 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         OSError: the folder cannot be written.
     """
     layers = _require_lora(model)
-    settings = {(layer.rank, layer.alpha) for layer in layers.values()}
-    if len(settings) > 1:
-        raise ValueError(f"all layers must share one rank and one alpha, not {sorted(settings)}")
-    [(rank, alpha)] = settings
-    if others := _find_targets(model, list(layers)).keys() - layers.keys():
+    ranks_and_alphas = {(layer.rank, layer.alpha) for layer in layers.values()}
+    if len(ranks_and_alphas) > 1:
+        raise ValueError(f"all layers must share rank and alpha, not {sorted(ranks_and_alphas)}")
+    others = _find_targets(model, list(layers)).keys() - layers.keys()
+    if others:  # in PEFT, "fc" names "block.fc", too
         raise ValueError(f"the names {list(layers)} stand for {sorted(others)} too")
+    [(rank, alpha)] = ranks_and_alphas
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(layers)}
     config |= {"lora_dropout": 0.0, "bias": "none", "inference_mode": True}
-    settings = json.dumps(config, indent=2, default=float)
+    settings = json.dumps(config, indent=2, default=float)  # by default, JSON has no NumPy numbers
     tensors = {
         f"base_model.model.{name}.weight": factor.detach().cpu().contiguous()
-        for name, factor in _named_factors(model).items()
+        for name, factor in _named_factors(layers).items()
     }
+    # A copy of the settings travels with the weights: load_adapter sees whether the files belong
+    # together.
     weights = safetensors.torch.save(tensors, metadata={"format": "pt", CONFIG_FILE: settings})
     _write_files(Path(folder), {WEIGHTS_FILE: weights, CONFIG_FILE: settings.encode()})
-
-
-def _write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write all files completely before the first takes its place, in the order given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f"{name}.{uuid4().hex}.tmp" for name in files}
-    try:
-        for name, content in files.items():
-            with temporary[name].open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # on the disk, not only on its way
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-        if os.name == "posix":  # Windows cannot do this, and needs it less
-            descriptor = os.open(folder, os.O_RDONLY)
-            os.fsync(descriptor)  # the new names, too
-            os.close(descriptor)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -418,32 +398,74 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         ValueError: a file is damaged, the adapter is not plain LoRA, or it does not fit the
             model. The model is then unchanged.
     """
-    config, factors = _read_adapter(Path(folder))
-    linear = _linear_layers(model)
-    adapted, expected = {}, {}
-    for name in dict.fromkeys(name.rpartition(".")[0] for name in factors):
+    config, state = _read_adapter(Path(folder))
+    linear, adapted = _linear_layers(model), {}
+    for name in dict.fromkeys(factor.rpartition(".")[0] for factor in state):
         if name not in linear:
-            raise ValueError(f"the adapter is for {name}; the model has {_ends(linear)}")
+            raise ValueError(f"the adapter is for {name}; the model has {_last_parts(linear)}")
         base = linear[name]
         _refuse_unadaptable(model, name, base)
-        without_numbers = nn.Linear(base.in_features, base.out_features, device="meta")
-        layer = adapted[name] = LoRALinear(without_numbers, config["r"], config["lora_alpha"])
-        expected |= {f"{name}.lora_A": layer.lora_A.shape, f"{name}.lora_B": layer.lora_B.shape}
-    _check_shapes(factors, expected)
+        sizes = nn.Linear(base.in_features, base.out_features, device="meta")
+        adapted[name] = LoRALinear(sizes, config["r"], config["lora_alpha"])  # draws no numbers
+    _check_shapes(state, _named_factors(adapted))
     for name, layer in adapted.items():
-        layer.base, like = linear[name], _device_and_dtype(linear[name])
-        layer.lora_A = nn.Parameter(factors[f"{name}.lora_A"].to(**like))
-        layer.lora_B = nn.Parameter(factors[f"{name}.lora_B"].to(**like))
+        layer.base, kind = linear[name], _device_and_dtype(linear[name])
+        layer.lora_A = nn.Parameter(state[f"{name}.lora_A"].to(**kind))
+        layer.lora_B = nn.Parameter(state[f"{name}.lora_B"].to(**kind))
     if lora_layers(model):
         remove_lora(model)
     _put_in_place(model, adapted)
 
 
+# Details: names and shapes, files.
+
+
+def _named_factors(layers: dict[str, LoRALinear]) -> dict[str, nn.Parameter]:
+    """Return the factors themselves, named as by `lora_state_dict`."""
+    factors = {}
+    for name, layer in layers.items():
+        factors |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
+    return factors
+
+
+def _check_shapes(state: dict[str, torch.Tensor], factors: dict[str, nn.Parameter]) -> None:
+    """Raise a ValueError unless the state has exactly these factors, in these shapes."""
+    if missing := sorted(factors.keys() - state.keys()):
+        raise ValueError(f"the adapter lacks {', '.join(missing)}")
+    if unknown := sorted(state.keys() - factors.keys()):
+        raise ValueError(f"the adapter has {', '.join(unknown)}, which the model has no place for")
+    for name, factor in factors.items():
+        if state[name].shape != factor.shape:
+            shape, found = tuple(factor.shape), tuple(state[name].shape)
+            raise ValueError(f"{name} must have shape {shape}, not {found}")
+
+
+def _write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write all files completely before the first takes its place, in the order given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {name: folder / f"{name}.{uuid4().hex}.tmp" for name in files}  # ours alone
+    try:
+        for name, content in files.items():
+            with temporary[name].open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # on the disk, not in a cache
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+        if os.name == "posix":  # force the new names to the disk, too; Windows cannot
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
 # Settings that change what an adapter computes without changing the names of its tensors.
 NOT_PLAIN_LORA = (
-    *("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"),
-    *("alora_invocation_tokens", "layer_replication"),
-)
+    "use_rslora use_dora use_qalora fan_in_fan_out rank_pattern alpha_pattern "
+    "alora_invocation_tokens layer_replication"
+).split()
 
 
 def _read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -455,19 +477,12 @@ def _read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         with safetensors.safe_open(folder / WEIGHTS_FILE, "pt") as file:
             saved_config = (file.metadata() or {}).get(CONFIG_FILE)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"an adapter file in {folder} is damaged: {error}") from error
     if saved_config and json.loads(saved_config) != config:
         raise ValueError(f"{CONFIG_FILE} in {folder} is not the one saved with {WEIGHTS_FILE}")
-    needed = {"peft_type", "r", "lora_alpha"}
-    if not isinstance(config, dict) or needed - config.keys() or config["peft_type"] != "LORA":
-        raise ValueError(f"{CONFIG_FILE} in {folder} does not describe a LoRA adapter")
-    extras = [name for name in NOT_PLAIN_LORA if config.get(name)]
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-        extras.append("init_lora_weights")  # PiSSA and its like change W₀ too
-    if extras:
-        raise ValueError(f"the adapter in {folder} uses {', '.join(extras)}: not plain LoRA")
+    _refuse_unless_plain(config, folder)
     factors = {}
     for name, tensor in tensors.items():
         plain = re.fullmatch(r"base_model\.model\.(.+\.lora_[AB])\.weight", name)
@@ -477,6 +492,18 @@ def _read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if not factors:
         raise ValueError(f"{WEIGHTS_FILE} in {folder} holds no factors")
     return config, factors
+
+
+def _refuse_unless_plain(config: dict, folder: Path) -> None:
+    """Raise a ValueError if the settings ask for more than h = W₀x + (α/r)·B·A·x."""
+    needed = {"peft_type", "r", "lora_alpha"}
+    if not isinstance(config, dict) or needed - config.keys() or config["peft_type"] != "LORA":
+        raise ValueError(f"{CONFIG_FILE} in {folder} does not describe a LoRA adapter")
+    extras = [name for name in NOT_PLAIN_LORA if config.get(name)]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        extras.append("init_lora_weights")  # PiSSA and its like change W₀ too
+    if extras:
+        raise ValueError(f"the adapter in {folder} uses {', '.join(extras)}: not plain LoRA")
 
 
 # --- MNIST and RichBoyNet (notebook 3) ----------------------------------------------------------
@@ -510,6 +537,7 @@ def load_mnist(device: torch.device) -> tuple[Digits, Digits, Digits]:
     except Exception as error:
         advice = f"delete the files without .gz in {DATA / 'MNIST' / 'raw'} and run again"
         raise RuntimeError(f"MNIST is damaged or missing ({error}): {advice}") from error
+    # 0.1307 and 0.3081 are the mean and the standard deviation of the training pixels.
     train, test = (
         Digits(
             (part.data.to(device, torch.float32) / 255 - 0.1307) / 0.3081, part.targets.to(device)
@@ -525,7 +553,7 @@ def subset(digits: Digits, chosen: slice | torch.Tensor) -> Digits:
 
 
 def rotate(digits: Digits) -> Digits:
-    """Return the digits turned clockwise by a quarter turn: the new task of notebooks 4 and 5."""
+    """Return the digits turned clockwise by a quarter turn: the new task of later notebooks."""
     return Digits(digits.images.rot90(-1, dims=(1, 2)).contiguous(), digits.labels)
 
 
@@ -552,7 +580,7 @@ def train_classifier(
 
     Only parameters with `requires_grad` are trained. Every example is drawn once before any is
     drawn again. The learning rate falls linearly from `lr` to zero, so that the result does not
-    hang on the last few batches.
+    depend on the last few batches.
 
     Returns:
         The loss of each batch, before the step it causes.
@@ -562,12 +590,12 @@ def train_classifier(
     """
     count, device = len(data.labels), data.labels.device
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if min(count, len(trainable), batches, batch_size) < 1:
+    if not (count and trainable and batches > 0 and batch_size > 0):
         raise ValueError(
             f"nothing to train: {len(trainable)} trainable tensors, {count} examples, "
             f"{batches} batches of {batch_size}"
         )
-    optimizer = torch.optim.Adam(trainable, lr=lr, fused=True)
+    optimizer = torch.optim.Adam(trainable, lr=lr, fused=True)  # the same step, in one call
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / batches)
     epochs = math.ceil(batches * batch_size / count)
     order = torch.cat([torch.randperm(count, device=device) for _ in range(epochs)])
@@ -579,7 +607,7 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             schedule.step()
-            losses.append(loss.detach())
+            losses.append(loss.detach())  # .item() would wait for the GPU in each step
     return torch.stack(losses).tolist()
 
 
@@ -596,7 +624,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def pretrained_richboynet(train: Digits, seed: int = 0) -> RichBoyNet:
-    """Return the base of notebooks 3 to 6: a RichBoyNet after one epoch of batches of 128."""
+    """Return the base that the notebooks share: a RichBoyNet after one epoch, in batches of 128."""
     torch.manual_seed(seed)
     model = RichBoyNet().to(train.images.device)
     train_classifier(model, train, batches=len(train.labels) // 128, batch_size=128)
@@ -640,13 +668,11 @@ def relative_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
     Raises:
         ValueError: the shapes differ.
     """
-    ours, reference = (torch.as_tensor(t).detach().cpu() for t in (ours, reference))
+    ours, reference = _numbers(ours), _numbers(reference)
     if ours.shape != reference.shape:
         raise ValueError(f"shapes {tuple(ours.shape)} and {tuple(reference.shape)} differ")
     if torch.equal(ours, reference):
         return 0.0
-    precise = torch.promote_types(torch.promote_types(ours.dtype, reference.dtype), torch.float64)
-    ours, reference = ours.to(precise), reference.to(precise)
     return (torch.linalg.norm(ours - reference) / torch.linalg.norm(reference)).item()
 
 
@@ -656,12 +682,17 @@ def compare(name: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
     "Up to rounding" is a relative difference below 1e-5, "far apart" the largest absolute one.
     """
     difference = relative_difference(ours, reference)
-    ours, reference = (torch.as_tensor(t).detach().cpu() for t in (ours, reference))
-    largest = (ours - reference).abs().max().item() if difference else 0.0
+    apart = (_numbers(ours) - _numbers(reference)).abs()
+    largest = apart.max().item() if apart.numel() else 0.0
     print(
         f"{name}: exact {difference == 0} | approximate {difference < 1e-5} "
         f"| largest difference {largest:.1e}"
     )
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor or array on the CPU, in the widest type there is."""
+    return torch.as_tensor(tensor).detach().cpu().to(torch.complex128)
 
 
 def same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -691,16 +722,20 @@ def show_source(thing: type | Callable) -> None:
 
 # One colour for each meaning, in all notebooks; colour-blind safe together.
 COLORS = {
-    **{"base": "#4d4d4d", "full": "#009e73", "theory": "#8c8c8c"},
-    **{"last layer": "#8c564b", "biases": "#c49c94"},
-    **{"gradients": "#56b4e9", "optimizer": "#0072b2", "activations": "#f0e442"},
+    "base": "#4d4d4d",
+    "full": "#009e73",
+    "theory": "#8c8c8c",
+    "last layer": "#8c564b",
+    "biases": "#c49c94",
+    "gradients": "#56b4e9",
+    "optimizer": "#0072b2",
+    "activations": "#f0e442",
 }
 
 
 def rank_color(rank: int) -> tuple:
     """Return the colour that stands for LoRA of a rank, from light (1) to dark (64)."""
-    steps = [1, 2, 3, 4, 8, 16, 32, 64]
-    return plt.colormaps["plasma"](np.interp(rank, steps, np.linspace(0.82, 0.0, len(steps))))
+    return plt.colormaps["plasma"](0.85 * (1 - (math.log2(rank) / 6) ** 0.7))
 
 
 def set_plot_style() -> None:
@@ -726,7 +761,8 @@ def show_images(images: torch.Tensor, titles: list[str], alt: str, columns: int 
     _, axes = plt.subplots(rows, columns, figsize=(7, 7 / columns * rows * 1.3), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for ax, image, title in zip(axes.flat, images.cpu(), titles, strict=False):
+    titled = zip(images.cpu().numpy(), titles, strict=True)
+    for ax, (image, title) in zip(axes.flat, titled, strict=False):
         ax.imshow(image, cmap="gray")
         ax.set_title(title, fontsize=10, loc="center")
     show_figure(alt)
@@ -735,16 +771,16 @@ def show_images(images: torch.Tensor, titles: list[str], alt: str, columns: int 
 def show_boxes(rows: int, columns: int, rank: int, alt: str) -> None:
     """Draw W₀ (rows × columns), B (rows × rank) and A (rank × columns) as boxes to scale."""
     figure, ax = plt.subplots(figsize=(7, 1 + 2.5 * rows / columns))
-    gap, x = 0.2 * columns, 0.0
+    gap, x = 0.28 * columns, 0.0
     for name, height, width in (("W₀", rows, columns), ("B", rows, rank), ("A", rank, columns)):
         color = COLORS["base"] if name == "W₀" else rank_color(rank)
         bottom = (rows - height) / 2
         ax.add_patch(plt.Rectangle((x, bottom), width, height, color=color))
-        label = f"{name}: {height:,} × {width:,}"
+        label = f"{name}: {height:,} × {width:,}\n{'frozen' if name == 'W₀' else 'trained'}"
         ax.text(x + width / 2, bottom - 0.04 * rows, label, ha="center", va="top")
         x += width + gap
-    ax.text(columns + gap / 2, rows / 2, "+", ha="center", va="center", fontsize=16)
+    ax.text(columns + gap / 2, rows / 2, "+ α/r", ha="center", va="center", fontsize=14)
     ax.text(columns + 1.5 * gap + rank, rows / 2, "·", ha="center", va="center", fontsize=20)
-    ax.set(xlim=(0, x - gap), ylim=(-0.15 * rows, rows), aspect="equal")
+    ax.set(xlim=(0, x - gap), ylim=(-0.25 * rows, rows), aspect="equal")
     ax.axis("off")
     show_figure(alt)

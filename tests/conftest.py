@@ -20,36 +20,30 @@ def seed():
 
 @pytest.fixture(params=["branch", "parametrization"])
 def adapt(request):
-    """Return a function that freezes a model, adapts it in one form and fills B with noise."""
+    """Return a function that adapts a model in one form, fills B, and returns the factors."""
 
     def adapt(model, rank, alpha, targets):
         if request.param == "branch":
             lora_utils.add_lora(model, rank, alpha, targets)
         else:
-            model.requires_grad_(False)
-            for name in targets:
-                layer = model.get_submodule(name)
-                factors = lora_utils.LoRAParametrization(layer.weight, rank, alpha)
+            for layer in map(model.requires_grad_(False).get_submodule, targets):
+                factors = lora_utils.LoRAParametrization(layer, rank, alpha)
                 parametrize.register_parametrization(layer, "weight", factors)
-        for layer in lora_utils.lora_layers(model).values():
-            torch.nn.init.normal_(layer.lora_B)
-        return model
+        found = [m for m in model.modules() if isinstance(m, lora_utils.LoRAFactors)]
+        for factors in found:
+            torch.nn.init.normal_(factors.lora_B)
+        return found
 
-    adapt.form = request.param
     return adapt
 
 
-def raw(tensor):
-    return tensor.dtype, tensor.shape, tensor.detach().contiguous().view(torch.uint8).tolist()
-
-
 def describe(model):
-    """Return all that a failed call must not change: bits, flags, types and strengths."""
+    """Return all that a failed call must not change: bits, flags, types, modes and strengths."""
     return (
-        {name: raw(tensor) for name, tensor in model.state_dict().items()},
+        {name: (t.dtype, t.shape, repr(t.tolist())) for name, t in model.state_dict().items()},
         {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()},
-        [(name, id(module), type(module)) for name, module in model.named_modules()],
-        [layer.strength for layer in lora_utils.lora_layers(model).values()],
+        [(name, id(m), type(m), m.training) for name, m in model.named_modules()],
+        [m.strength for m in model.modules() if isinstance(m, lora_utils.LoRAFactors)],
     )
 
 
@@ -64,3 +58,16 @@ def unchanged():
         assert describe(model) == before
 
     return unchanged
+
+
+@pytest.fixture
+def refused(unchanged):
+    """Return a context manager: its block raises, names what is wrong, and changes no model."""
+
+    @contextmanager
+    def refused(model, *named, error=ValueError):
+        with unchanged(model), pytest.raises(error) as caught:
+            yield
+        assert all(str(name) in str(caught.value) for name in named), caught.value
+
+    return refused

@@ -8,220 +8,151 @@ import pytest
 import torch
 from matplotlib.colors import to_rgba
 
-import lora_utils
-from lora_utils import (
-    COLORS,
-    check,
-    compare,
-    plot_errors_per_digit,
-    rank_color,
-    say,
-    set_plot_style,
-    show_images,
-    show_source,
-)
+import lora_utils as lora
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def shown(monkeypatch):
-    """Note how often figures are shown, close them at the end and undo the style."""
+    """Return what is displayed, and undo the style."""
     shown = []
-    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
+    monkeypatch.setattr(
+        lora, "display", lambda *things, **options: shown.append((*things, options))
+    )
     with plt.rc_context():
         yield shown
-    plt.close("all")
+    assert not plt.get_fignums()  # or the notebook would show the figure twice
 
 
-# --- check and compare -----------------------------------------------------------------
+# --- lora.check, lora.compare, table -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("condition", [True, torch.tensor(True), np.bool_(True)])
-def test_check_prints_what_holds(capsys, condition):
-    check("B A x equals W x", condition)
+@pytest.mark.parametrize("kind", [bool, torch.tensor, np.bool_])
+def test_check_ticks_what_holds_and_names_what_does_not(capsys, kind):
+    lora.check("B A x equals W x", kind(True))
     assert capsys.readouterr().out == "✓ B A x equals W x\n"
-
-
-@pytest.mark.parametrize("condition", [False, torch.tensor(False), np.bool_(False)])
-def test_check_raises_what_does_not_hold_and_prints_nothing(capsys, condition):
     with pytest.raises(AssertionError, match="B A x equals W x"):
-        check("B A x equals W x", condition)
+        lora.check("B A x equals W x", kind(False))
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
-    ("ours", "reference", "line"),
+    "condition", [[False], torch.tensor(float("nan")), torch.ones(1), 1, "no", None, np.ones(1)]
+)
+def test_check_takes_nothing_but_one_truth_value(capsys, condition):
+    with pytest.raises(TypeError):
+        lora.check("x", condition)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("ours", "reference", "exact", "approximate", "largest"),
     [
-        ([1.0, 2.0], [1.0, 2.0], "exact True | approximate True | largest difference 0.0e+00"),
-        ([1.0, 2.0], [1.0, 2.5], "exact False | approximate False | largest difference 5.0e-01"),
-        ([1.0, -3.0], [1.0, 1.0], "exact False | approximate False | largest difference 4.0e+00"),
-        ([1, 2], [1, 4], "exact False | approximate False | largest difference 2.0e+00"),
+        ([1.0, 2.0], [1.0, 2.0], True, True, "0.0e+00"),
+        ([1.0, -3.0], [1.0, 1.0], False, False, "4.0e+00"),
+        ([1, 2], [1.0, 2.0], True, True, "0.0e+00"),
+        ([1.0, 1.0], [1.0, 1.0 + 9e-6], False, True, "8.9e-06"),
+        ([1.0, 1.0], [1.0, 1.0 + 2e-5], False, False, "2.0e-05"),
+        ([1e-2, 1e-6], [1e-2, 1e-6 + 3.5e-8], False, True, "3.5e-08"),  # small gradients
+        ([1e-9], [2e-9], False, False, "1.0e-09"),
+        (np.float64([1]), np.float64([1 + 1e-12]), False, True, "1.0e-12"),
+        ([1.0 + 1j], [1.0 - 1j], False, False, "2.0e+00"),
+        ([], [], True, True, "0.0e+00"),
+        ([1.0], [0.0], False, False, "1.0e+00"),
+        ([float("nan")], [1.0], False, False, "nan"),
+        (np.uint8([1]), np.uint8([2]), False, False, "1.0e+00"),
+        ([True], [False], False, False, "1.0e+00"),
+        (torch.ones(2, requires_grad=True), torch.ones(2).bfloat16(), True, True, "0.0e+00"),
     ],
 )
-@pytest.mark.parametrize("kind", [torch.tensor, np.array])
-def test_compare_prints_how_far_apart(capsys, kind, ours, reference, line):
-    compare("W", kind(ours), kind(reference))
-    compare("W", kind(reference), kind(ours))
-    assert capsys.readouterr().out == f"W: {line}\n" * 2
-
-
-def test_compare_tells_rounding_from_error(capsys):
-    ours = torch.tensor([1.0, 2.0])
-    compare("W", ours, torch.nextafter(ours, torch.tensor(3.0)))
-    assert "exact False | approximate True | largest difference 2.4e-07" in capsys.readouterr().out
+def test_compare_tells_rounding_from_error(capsys, ours, reference, exact, approximate, largest):
+    line = f"W: exact {exact} | approximate {approximate} | largest difference {largest}\n"
+    lora.compare("W", ours, reference)
+    assert capsys.readouterr().out == line
 
 
 @pytest.mark.parametrize(
-    "reference", [np.ones(3), torch.ones(3).double(), torch.ones(3).bfloat16(), np.ones(3, int)]
+    "function", [lora.relative_difference, lambda *pair: lora.compare("W", *pair)]
 )
-def test_compare_takes_arrays_and_tensors_of_any_dtype(capsys, reference):
-    compare("W", torch.ones(3, requires_grad=True), reference)
-    assert "exact True | approximate True | largest difference 0.0e+00" in capsys.readouterr().out
-
-
-def test_compare_refuses_different_shapes(capsys):
-    with pytest.raises(ValueError, match=r"\(3,\) and \(2, 3\)"):
-        compare("W", torch.ones(3), torch.ones(2, 3))
+def test_tensors_of_different_shapes_cannot_be_compared(capsys, function):
+    with pytest.raises(ValueError, match=r"\(3,\).*\(2, 3\)"):
+        function(torch.ones(3), torch.ones(2, 3))
     assert capsys.readouterr().out == ""
 
 
-def test_say_and_show_source_display_markdown(monkeypatch):
-    displayed = []
-    monkeypatch.setattr(lora_utils, "display", displayed.append)
-    say("**42** parameters")
-    show_source(lora_utils.LoRALinear)
-    sentence, source = (markdown.data for markdown in displayed)
-    assert sentence == "**42** parameters"
-    assert source == f"```python\n{inspect.getsource(lora_utils.LoRALinear)}```"
+def test_the_relative_difference_is_that_of_the_norms():
+    ours, reference = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    assert lora.relative_difference(ours, reference) == 1
+    assert lora.relative_difference(ours, ours * 2) == 0.5
+    assert lora.relative_difference(ours, torch.zeros(2, 2)) == float("inf")
+
+
+def test_same_tensors_means_names_and_bits():
+    ours = {"a": torch.ones(2), "b": torch.zeros(1)}
+    assert lora.same_tensors(ours, {"b": torch.zeros(1), "a": torch.ones(2)})
+    for change in ({"b": torch.ones(1)}, {"b": torch.zeros(2)}, {"c": torch.zeros(1)}):
+        assert not lora.same_tensors(ours, ours | change)
+        assert not lora.same_tensors(ours | change, ours)
+
+
+def test_a_table_marks_what_matches(capsys):
+    assert lora.table([("fc1", 1784, 1784), ("fc2", 2, 2)], head=("formula", "counted"))
+    assert not lora.table([("fc1", 3, 4), ("fc2", 2, 2), ("fc3", 4, 3)])
+    first, second = capsys.readouterr().out.split("expected")
+    assert first.count("✓") == 2 and "✗" not in first
+    assert all(word in first for word in ("formula", "counted", "fc1", "1,784"))
+    assert (second.count("✓"), second.count("✗")) == (1, 2)
+
+
+def test_say_and_show_source_display_markdown(shown):
+    lora.say("**42** parameters")
+    for thing in (lora.LoRALinear, lora.add_lora):
+        lora.show_source(thing)
+        assert shown.pop()[0].data == f"```python\n{inspect.getsource(thing)}```"
+    assert shown.pop()[0].data == "**42** parameters"
 
 
 # --- Figures ---------------------------------------------------------------------------
 
 
-def test_figures_are_700_pixels_wide():
-    set_plot_style()
-    figure, _ = plt.subplots()
-    assert figure.get_size_inches()[0] * figure.dpi == 700
-
-
-def luminance(color):
-    return np.dot(to_rgba(color)[:3], [0.2126, 0.7152, 0.0722])
-
-
-def test_rank_colors_grow_darker_with_the_rank():
-    ranks = [1, 2, 3, 4, 5, 8, 12, 16, 32, 64]
-    steps = [luminance(rank_color(rank)) for rank in ranks]
-    assert all(a > b for a, b in zip(steps, steps[1:], strict=False))
-    assert steps[0] < 0.8  # still visible on white
-    assert len(rank_color(4)) == 4
-
-
-def test_each_meaning_has_a_color_of_its_own():
-    colors = [to_rgba(c) for c in COLORS.values()] + [rank_color(r) for r in (1, 2, 3, 4, 8, 64)]
+def test_rank_colors_grow_darker_and_each_meaning_has_its_own():
+    ranks = [lora.rank_color(rank) for rank in (1, 2, 3, 4, 5, 8, 12, 16, 32, 64)]
+    light = [np.dot(color[:3], [0.2126, 0.7152, 0.0722]) for color in ranks]
+    assert light == sorted(light, reverse=True) and light[0] < 0.8  # visible on white
+    colors = [to_rgba(color) for color in lora.COLORS.values()] + ranks[::3]
     for i, color in enumerate(colors):
         assert all(np.abs(np.subtract(color, other)).max() > 0.05 for other in colors[:i])
 
 
-def test_images_are_drawn_in_rows_with_their_titles(shown):
+def test_images_are_drawn_with_their_titles_700_pixels_wide_and_described(shown):
+    lora.set_plot_style()
     images = torch.rand(5, 4, 6)
-    show_images(images, list("abcde"), columns=3)
-    [figure] = shown
-    assert len(figure.axes) == 6
-    for ax, image, title in zip(figure.axes, images, "abcde", strict=False):
-        assert ax.get_title() == title and not ax.axison
+    lora.show_images(images, list("abcde"), "five digits", columns=3)
+    [(figure, options)] = shown
+    assert options["metadata"]["image/png"]["alt"] == "five digits"
+    assert figure.get_size_inches()[0] * figure.dpi == 700
+    assert [ax.get_title() for ax in figure.axes] == [*"abcde", ""]
+    assert not any(ax.axison for ax in figure.axes)
+    for ax, image in zip(figure.axes, images, strict=False):
         np.testing.assert_array_equal(ax.images[0].get_array(), image)
-        assert ax.images[0].get_cmap().name == "gray"
-    assert not figure.axes[5].images and not figure.axes[5].axison
-    positions = [ax.get_subplotspec() for ax in figure.axes[:5]]
-    assert [(p.rowspan[0], p.colspan[0]) for p in positions] == [
-        (0, 0), (0, 1), (0, 2), (1, 0), (1, 1)
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 10, 1), (10, 10, 1), (11, 10, 2)])
-def test_images_take_as_many_rows_as_they_need(shown, count, columns, rows):
-    show_images(torch.rand(count, 2, 2), ["x"] * count, columns)
-    assert len(shown[0].axes) == rows * columns
-    assert sum(bool(ax.images) for ax in shown[0].axes) == count
-
-
-def test_each_image_needs_a_title():
-    with pytest.raises(ValueError):
-        show_images(torch.rand(3, 2, 2), ["a", "b"])
-
-
-def test_errors_are_drawn_as_bars_around_their_digit(shown):
-    set_plot_style()
-    errors = {"base": torch.arange(10), "LoRA": torch.arange(10) * 2}
-    plot_errors_per_digit(errors, ["black", "red"], "What changed?")
-    [ax] = shown[0].axes
-    assert ax.get_title("left") == "What changed?"
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("true digit", "wrong answers")
-    assert ax.get_xticks().tolist() == list(range(10))
-    assert ax.get_ylim()[0] == 0
-    for bars, (name, counts), color in zip(
-        ax.containers, errors.items(), ["black", "red"], strict=True
-    ):
-        assert bars.get_label() == name
-        assert [bar.get_height() for bar in bars] == counts.tolist()
-        assert {bar.get_facecolor() for bar in bars} == {to_rgba(color)}
-    left, right = ([bar.get_x() for bar in bars] for bars in ax.containers)
-    width = ax.containers[0][0].get_width()
-    np.testing.assert_allclose(np.array(left) + width, np.arange(10), atol=1e-12)
-    np.testing.assert_allclose(right, np.arange(10), atol=1e-12)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["base", "LoRA"]
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_bars_do_not_touch_those_of_the_next_digit(shown, groups):
-    plot_errors_per_digit({str(i): torch.ones(10) for i in range(groups)}, ["k"] * groups, "")
-    [ax] = shown[0].axes
-    bars = sorted(bar.get_x() for group in ax.containers for bar in group)
-    width = ax.containers[0][0].get_width()
-    assert len(bars) == 10 * groups and width * groups == pytest.approx(0.8)
-    assert all(b - a >= width - 1e-9 for a, b in zip(bars, bars[1:], strict=False))
-    assert bars[0] == pytest.approx(-0.4)
-
-
-def test_bars_of_one_name_need_no_legend(shown):
-    plot_errors_per_digit({"base": torch.ones(10)}, ["k"], "")
-    assert shown[0].axes[0].get_legend() is None
-
-
-def test_bars_need_a_color_each():
-    with pytest.raises(ValueError):
-        plot_errors_per_digit({"a": torch.ones(10)}, [], "")
 
 
 # --- The module explains itself --------------------------------------------------------
 
 
-def public():
-    """All classes and functions of the module that a reader may call, with methods."""
-    for name, thing in vars(lora_utils).items():
-        if name.startswith("_") or getattr(thing, "__module__", "") != "lora_utils":
-            continue
-        yield name, thing
-        if inspect.isclass(thing):
-            for method, function in vars(thing).items():
-                if inspect.isfunction(function) and not method.startswith("_"):
-                    yield f"{name}.{method}", function
-                if isinstance(function, property):
-                    yield f"{name}.{method}", function.fget
+PUBLIC = [thing for name, thing in vars(lora).items() if not name.startswith("_")]
+PUBLIC = [thing for thing in PUBLIC if getattr(thing, "__module__", "") == "lora_utils"]
 
 
-def test_everything_public_is_found():
-    names = dict(public())
-    assert len(names) > 30
-    assert {"add_lora", "LoRALinear.forward", "LoRAFactors.scaling", "lora_disabled"} <= set(names)
-
-
-@pytest.mark.parametrize(("name", "thing"), list(public()))
-def test_everything_public_has_a_docstring_and_types(name, thing):
-    assert thing.__doc__ and thing.__doc__.strip().endswith((".", ":", "`."))
-    function = thing.__init__ if inspect.isclass(thing) else thing
-    if "__init__" in vars(thing) or inspect.isfunction(thing):
-        signature = inspect.signature(function)
-        parameters = [p for p in signature.parameters.values() if p.name != "self"]
-        assert all(p.annotation is not inspect.Parameter.empty for p in parameters)
-        if inspect.isfunction(thing):
-            assert signature.return_annotation is not inspect.Signature.empty
+@pytest.mark.parametrize("thing", PUBLIC)
+def test_everything_public_has_a_docstring_and_types(thing):
+    methods = vars(thing).values() if inspect.isclass(thing) else ()
+    for function in (
+        thing,
+        *(m for m in methods if inspect.isfunction(m) and m.__name__[0] != "_"),
+    ):
+        assert inspect.getdoc(function)
+        if inspect.isfunction(function):
+            signature = inspect.signature(function)
+            untyped = [p.name for p in signature.parameters.values() if p.annotation is p.empty]
+            assert untyped in ([], ["self"])
+            assert signature.return_annotation is not signature.empty

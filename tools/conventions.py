@@ -1,4 +1,6 @@
-"""What every notebook keeps to, as rules that read its JSON alone: nothing is executed.
+"""Check the notebooks: what each one keeps to. Reads their JSON alone, executes nothing.
+
+python tools/conventions.py    print all complaints; the status is 1 if there is one
 
 A rule is a function that takes a Notebook and yields one complaint for each fault.
 """
@@ -7,12 +9,33 @@ import ast
 import base64
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools import notebooks as tool
+import stamp
 
+ROOT = Path(__file__).resolve().parents[1]
 RULES = []
+
+NOTEBOOK_METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+# A tag folds: a solution in Jupyter ("jupyter") and in Colab ("cellView"); the output that
+# answers a "Predict" in Jupyter alone, where running the cell opens it. Hosting sites show both.
+FOLDED = {
+    "solution": {
+        "jupyter": {"source_hidden": True, "outputs_hidden": True},
+        "cellView": "form",
+    },
+    "answer": {"jupyter": {"outputs_hidden": True}},
+}
+
+
+def folding(tags: list[str]) -> dict:
+    """The metadata of a cell with these tags, beside the tags themselves."""
+    return next((metadata for tag, metadata in FOLDED.items() if tag in tags), {})
 
 
 def rule(function):
@@ -45,9 +68,17 @@ def text_of(output: dict) -> str:
     return "\n".join("".join(part) for part in parts)
 
 
-def prose(cell: dict) -> str:
-    """A Markdown cell without its code blocks and code spans."""
-    return re.sub(r"```.*?```|`[^`]*`", " ", source(cell), flags=re.DOTALL)
+def prose(text: str) -> str:
+    """Markdown without its code blocks and code spans."""
+    return re.sub(r"```.*?```|`[^`]*`", " ", text, flags=re.DOTALL)
+
+
+def dead_links(text: str, folder: Path) -> Iterator[str]:
+    """The targets in this Markdown that are files, seen from a folder, and do not exist."""
+    for target in re.findall(r"""\]\(\s*([^)\s]+)|(?:href|src)=["']([^"']+)""", prose(text)):
+        target = "".join(target)
+        if not re.match(r"\w+:|#", target) and not (folder / target.partition("#")[0]).exists():
+            yield target
 
 
 def is_ignored(cell: dict) -> bool:
@@ -62,7 +93,7 @@ def opening(notebook: Notebook) -> Iterator[str]:
     first = notebook.cells[0]
     if first["cell_type"] != "markdown" or not source(first).startswith("# "):
         yield "the first cell is not Markdown that starts with a title"
-    badge = tool.badge(notebook.path.stem)
+    badge = stamp.badge(notebook.path.stem)
     for needed in ("**You will**", "**You need**", "**Run time**", badge):
         if needed not in source(first):
             yield f"the first cell lacks {needed!r}"
@@ -90,26 +121,22 @@ def setup(notebook: Notebook) -> Iterator[str]:
     first = notebook.code[0]
     if first["id"] != "setup":
         yield f"the first code cell is {first['id']}, not setup"
-    if source(first) != tool.setup_cell():
-        yield "the set-up cell differs from the one in tools/notebooks.py: run `make stamp`"
+    if source(first) != stamp.setup_cell():
+        yield "the set-up cell differs from the one in tools/stamp.py: run `make stamp`"
 
 
 @rule
 def address(notebook: Notebook) -> Iterator[str]:
     """The repository's address stands only where `make stamp` finds it."""
     for cell in notebook.cells[1:]:
-        if cell["id"] != "setup" and tool.slug() in source(cell):
+        if cell["id"] != "setup" and stamp.slug() in source(cell):
             yield f"cell {cell['id']}: the repository's address"
 
 
 @rule
 def solutions(notebook: Notebook) -> Iterator[str]:
-    found = [cell for cell in notebook.code if "solution" in tags(cell)]
-    if not found:
+    if not any("solution" in tags(cell) for cell in notebook.code):
         yield "no cell has the tag 'solution'"
-    for cell in found:
-        if not cell["metadata"].get("jupyter", {}).get("source_hidden"):
-            yield f"cell {cell['id']}: the solution is not collapsed"
 
 
 # What the cells hold
@@ -140,12 +167,8 @@ def plain_python(notebook: Notebook) -> Iterator[str]:
 @rule
 def links(notebook: Notebook) -> Iterator[str]:
     for cell in notebook.markdown:
-        for target in re.findall(r"""\]\(\s*([^)\s]+)|(?:href|src)=["']([^"']+)""", prose(cell)):
-            target = "".join(target)
-            if re.match(r"\w+:|#", target):
-                continue
-            if not (notebook.path.parent / target.partition("#")[0]).exists():
-                yield f"cell {cell['id']}: {target} does not exist"
+        for target in dead_links(source(cell), notebook.path.parent):
+            yield f"cell {cell['id']}: {target} does not exist"
 
 
 @rule
@@ -164,7 +187,7 @@ def numbers(notebook: Notebook) -> Iterator[str]:
         r"(?:§+|^#+|\b(?:[Ss]ection|[Tt]able|[Ff]igure)s?)\s*\d[\d.]*(?:(?:,| and|–)\s*\d[\d.]*)*",
     ]
     for cell in notebook.markdown:
-        text = re.sub("|".join(no_result), " ", prose(cell), flags=re.DOTALL | re.MULTILINE)
+        text = re.sub("|".join(no_result), " ", prose(source(cell)), flags=re.DOTALL | re.MULTILINE)
         for found in re.findall(number, text):
             if "." in found and float(found) not in values:
                 yield f"cell {cell['id']}: {found} stands in no code and in no compared output"
@@ -193,6 +216,14 @@ def outputs(notebook: Notebook) -> Iterator[str]:
             yield f"cell {cell['id']}: a progress bar"
         if re.search(r"0x[0-9a-f]{6,}", text_of(output)):
             yield f"cell {cell['id']}: a memory address"
+
+
+@rule
+def alt_text(notebook: Notebook) -> Iterator[str]:
+    for cell, output in notebook.outputs:
+        described = output.get("metadata", {}).get("image/png", {}).get("alt")
+        if "image/png" in output.get("data", {}) and not described:
+            yield f"cell {cell['id']}: a figure without alt text: use show_figure"
 
 
 @rule
@@ -234,11 +265,18 @@ def nothing_skipped(notebook: Notebook) -> Iterator[str]:
 
 
 @rule
-def ignored_cells_check(notebook: Notebook) -> Iterator[str]:
-    """Where outputs are not compared, this cell or the next one holds a check."""
-    for cell, following in zip(notebook.code, notebook.code[1:] + [None], strict=True):
-        if is_ignored(cell) and not any(c and "check(" in source(c) for c in (cell, following)):
-            yield f"cell {cell['id']}: neither compared nor checked"
+def checked(notebook: Notebook) -> Iterator[str]:
+    """A section with outputs that are not compared holds a check on what it found."""
+    sections = [[]]
+    for cell in notebook.cells:
+        if cell["cell_type"] == "markdown" and source(cell).startswith("## "):
+            sections.append([])
+        sections[-1].append(cell)
+    for section in sections:
+        code = [cell for cell in section if cell in notebook.code]
+        if not any("check(" in source(cell) for cell in code):
+            for cell in filter(is_ignored, code):
+                yield f"cell {cell['id']}: not compared, and its section holds no check"
 
 
 # The file
@@ -246,20 +284,15 @@ def ignored_cells_check(notebook: Notebook) -> Iterator[str]:
 
 @rule
 def metadata(notebook: Notebook) -> Iterator[str]:
-    expected = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
-    if notebook.json["metadata"] != expected:
-        yield f"the notebook's metadata are {notebook.json['metadata']}"
+    if notebook.json["metadata"] != NOTEBOOK_METADATA:
+        yield f"the notebook's metadata are {notebook.json['metadata']}: run `make refresh`"
     if (notebook.json["nbformat"], notebook.json["nbformat_minor"]) != (4, 5):
-        yield "the notebook's format is not 4.5"
+        yield "the notebook's format is not 4.5: run `make refresh`"
     for cell in notebook.cells:
-        extra = set(cell["metadata"]) - {"tags"}
-        if cell in notebook.code and "solution" in tags(cell):
-            extra -= {"jupyter", "cellView"}
-        if extra:
-            yield f"cell {cell['id']}: the metadata {sorted(extra)}"
+        more = dict(cell["metadata"])
+        more.pop("tags", None)
+        if more != folding(tags(cell)):
+            yield f"cell {cell['id']}: the metadata {cell['metadata']}: run `make refresh`"
 
 
 @rule
@@ -268,3 +301,22 @@ def readme(notebook: Notebook) -> Iterator[str]:
     text = (notebook.path.parents[1] / "README.md").read_text(encoding="utf-8")
     if not re.search(rf"^\|.*\]\(notebooks/{notebook.path.name}\)", text, flags=re.MULTILINE):
         yield "no row of the README's table links to the notebook"
+
+
+def main() -> int:
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    complaints = [
+        f"{path.name}: {complaint}"
+        for path in paths
+        for rule in RULES
+        for complaint in rule(Notebook(path))
+    ]
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")]:
+        for target in dead_links(path.read_text(encoding="utf-8"), path.parent):
+            complaints.append(f"{path.relative_to(ROOT)}: {target} does not exist")
+    print(*complaints, f"{len(paths)} notebooks, {len(complaints)} complaints", sep="\n")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
