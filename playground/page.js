@@ -219,7 +219,7 @@ function turnAll(strengths, last) {
 $("off").addEventListener("click", () => turnAll({}, turned?.name));
 
 /** Take an adapter's files: the weights and, unless the weights say it too, the settings. */
-async function open(files) {
+async function take(files) {
   try {
     const [weights, ...more] = files.filter(({ name }) => name.endsWith(".safetensors"));
     if (!weights || more.length) throw new Error("one file named ….safetensors is needed");
@@ -253,7 +253,7 @@ function tell(text, bad = false) {
   $("message").classList.toggle("bad", bad);
 }
 $("file").addEventListener("change", async (event) => {
-  await open([...event.target.files]);
+  await take([...event.target.files]);
   event.target.value = ""; // so that the same file can be chosen again
 });
 document.addEventListener("dragover", (event) => {
@@ -266,7 +266,7 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  open([...event.dataTransfer.files]);
+  take([...event.dataTransfer.files]);
 });
 
 // --- 3. How sure is it? ----------------------------------------------------------------------
