@@ -44,7 +44,7 @@ site: $(SITE_READY)  ## build the site into build/site; nothing is executed
 	$(SITE_PY) tools/pages.py
 
 test-site: $(SITE_READY)  ## build the site and click through it and the playground, in Chromium
-	$(SITE_PY) -m pytest tests/browser
+	$(SITE_PY) -m pytest -n 2 --dist loadfile tests/browser
 
 clean:  ## remove build/, caches and unpacked data; .venv and .venv-site stay
 	rm -rf build .pytest_cache .ruff_cache data/MNIST/raw/*-ubyte data/MNIST.lock notebooks/playground.html

@@ -105,11 +105,17 @@ function drawSeen() {
   if (image) seen.drawImage(asCanvas(Float32Array.from(orders[arrival], (i) => image[i])), 0, 0);
 }
 
+/** Say what is drawn; `label` is the digit that it is, where that is known. */
+function describe(text, label) {
+  $("what").textContent = text;
+  $("label").textContent = label === undefined ? "" : `: a ${label}`;
+}
+
 function addPoint(point, begins) {
   if (!strokes.length || begins) strokes.push([]);
   strokes.at(-1).push(point);
   image = rasterise(strokes);
-  $("what").textContent = "Your drawing";
+  describe("Your drawing");
   update();
 }
 
@@ -117,7 +123,7 @@ function clear() {
   strokes = [];
   image = null;
   pen.down = false;
-  $("what").textContent = "";
+  describe("");
   update();
 }
 
@@ -167,7 +173,7 @@ function takeDigit(label) {
 function takeImage(index) {
   clear();
   image = Float32Array.from(images.data.subarray(784 * index, 784 * (index + 1)), (v) => v / 255);
-  $("what").textContent = `A test digit: a ${labels.data[index]}. Or draw your own.`;
+  describe(`A test digit: a ${labels.data[index]}. Or draw your own.`, labels.data[index]);
 }
 for (let label = 0; label < 10; label++) {
   const button = element("button", { type: "button", "aria-label": `test digit ${label}` }, `${label}`);
@@ -365,11 +371,13 @@ for (const item of document.querySelectorAll("[data-example]")) {
   const example = examples[item.dataset.example];
   item.hidden = !example; // none was found for this network
   const button = element("button", { type: "button" }, "Set up");
-  item.replaceChildren(button, element("span", {}, ...item.childNodes));
+  const text = element("span", {}, ...item.childNodes);
+  item.replaceChildren(button, text);
   button.addEventListener("click", () => {
     takeImage(example.digit);
     arrive(example.arrival);
     turnAll(example.strengths, example.knob);
+    tell(text.textContent); // beside the knobs: on a phone the list is out of sight
     turned.input.focus({ preventScroll: true });
     document.querySelector(".knobs").scrollIntoView();
   });

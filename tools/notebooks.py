@@ -110,8 +110,9 @@ def build(path: Path, folder: Path) -> tuple[bool, str]:
     page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
     page = re.sub(r'href="([\w.-]+)\.ipynb(?=["#])', r'href="\1.html', page)
     write(folder / f"{path.stem}.html", page)
-    if "playground.html" in page:  # notebook 4 wrote it beside itself, and shows it
-        shutil.copy(path.parent / "playground.html", folder)
+    shown = path.parent / "playground.html"
+    if f'src="{shown.name}"' in page and shown.is_file():  # notebook 4 wrote it, and shows it
+        shutil.copy(shown, folder)
     return result
 
 

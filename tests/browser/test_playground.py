@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 
 import pytest
 import safetensors.torch
@@ -250,6 +251,28 @@ def test_refuses_bad_files_in_words_and_changes_nothing(page, tmp_path, folders)
         said = drop(page, *files)
         assert said.startswith("Not taken") and why in said, (name, said)
         assert (read(page, "lora"), page.locator("#knobs").inner_text()) == before, name
+
+
+# Below a cell
+
+
+@pytest.mark.parametrize("place", ["jupyter", "colab"])
+def test_shows_below_a_cell(browser, tmp_path, monkeypatch, place):
+    """In Jupyter as a link, which keeps the notebook small; in Colab with all that it needs."""
+    (tmp_path / "playground.html").write_text(playground.page(pages.STORED.read_bytes()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VSCODE_PID", raising=False)
+    if place == "colab":
+        monkeypatch.setitem(sys.modules, "google.colab", None)
+    output = playground.show_playground("playground.html").data
+    assert (len(output) < 300) == (place == "jupyter")
+    if place == "colab":
+        (tmp_path / "playground.html").unlink()
+    cell = tmp_path / "cell.html"
+    cell.write_text(f"<!DOCTYPE html><meta charset='utf-8'>{output}", encoding="utf-8")
+    with open_page(browser, tmp_path.as_uri()) as page:
+        page.goto(cell.as_uri())
+        page.frame_locator("iframe").locator("#says-lora", has_text="2").wait_for()
 
 
 # Drawing and turning
