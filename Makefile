@@ -8,10 +8,14 @@ NAMES ?=
 # One worker per core. The cells of one notebook share a kernel, so they must share a worker.
 NBVAL := -n auto --dist loadscope --nbval --nbval-current-env --nbval-cell-timeout=300
 
-.PHONY: help run check test lab refresh seeds stamp clean
+# The site's packages, in an environment of their own that also sees the first one's.
+SITE_PY := $(subst .venv/,.venv-site/,$(PY))
+SITE_READY := .venv-site/ready
+
+.PHONY: help run check test lab refresh seeds stamp site test-site clean
 
 help:  ## show these lines
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 run: $(READY)  ## execute all notebooks; copies and HTML pages go to build/
 	$(PY) tools/notebooks.py run $(NAMES)
@@ -36,9 +40,15 @@ seeds: $(READY)  ## try every claim of the notebooks with ten other sets of seed
 stamp: $(READY)  ## write the address of git's origin, or REPOSITORY=..., into all links to it
 	$(PY) tools/stamp.py $(REPOSITORY)
 
-clean:  ## remove build/, caches and unpacked data; .venv stays
-	rm -rf build .pytest_cache .ruff_cache data/MNIST/raw/*-ubyte data/MNIST.lock
-	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+site: $(SITE_READY)  ## build the site into build/site; nothing is executed
+	$(SITE_PY) tools/pages.py
+
+test-site: $(SITE_READY)  ## build the site and click through it and the playground, in Chromium
+	$(SITE_PY) -m pytest -n 2 --dist loadfile tests/browser
+
+clean:  ## remove build/, caches and unpacked data; .venv and .venv-site stay
+	rm -rf build .pytest_cache .ruff_cache data/MNIST/raw/*-ubyte data/MNIST.lock notebooks/playground.html
+	find . -path './.venv*' -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The set-up: once, and again when requirements.txt changes. A failed step leaves no `ready`.
 # uv takes a third of pip's time. It does not read pip's configuration, so pip has a try, too.
@@ -48,4 +58,12 @@ $(READY): requirements.txt
 	$(PY) -m pip install uv
 	$(PY) -m uv pip install --python $(PY) -r requirements.txt || \
 		{ echo "uv failed, see above. Now the same with pip:"; $(PY) -m pip install -r requirements.txt; }
+	touch $@
+
+$(SITE_READY): $(READY) requirements-site.txt
+	$(PY) -m venv .venv-site
+	$(SITE_PY) -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "first.pth").write_text(sys.argv[1])' \
+		"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(PY) -m uv pip install --python $(SITE_PY) -r requirements-site.txt || \
+		{ echo "uv failed, see above. Now the same with pip:"; $(SITE_PY) -m pip install -r requirements-site.txt; }
 	touch $@

@@ -30,7 +30,7 @@ def run(folder, *command, **env):
 def tree(tmp_path_factory):
     """A copy of the project's own files, in a git repository."""
     copy = tmp_path_factory.mktemp("copy") / "tree"
-    generated = shutil.ignore_patterns(".git", ".venv", "build", "*_cache", "__pycache__", "*ubyte")
+    generated = shutil.ignore_patterns(".git", ".venv*", "build", "*cache*", "*ubyte")
     shutil.copytree(tool.ROOT, copy, ignore=generated)
     who = ["-c", "user.name=Test", "-c", "user.email=test@example.com"]
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "All files"]):

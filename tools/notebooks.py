@@ -9,6 +9,7 @@ import argparse
 import base64
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -109,6 +110,9 @@ def build(path: Path, folder: Path) -> tuple[bool, str]:
     page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
     page = re.sub(r'href="([\w.-]+)\.ipynb(?=["#])', r'href="\1.html', page)
     write(folder / f"{path.stem}.html", page)
+    shown = path.parent / "playground.html"
+    if f'src="{shown.name}"' in page and shown.is_file():  # notebook 4 wrote it, and shows it
+        shutil.copy(shown, folder)
     return result
 
 

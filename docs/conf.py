@@ -1,0 +1,55 @@
+"""Settings of Sphinx for the site. tools/pages.py prepares what it reads; nothing is executed."""
+
+import sys
+from pathlib import Path
+
+# This file is read from build/site-source.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "tools")]
+
+import stamp  # noqa: E402
+
+project = html_title = "LoRA from the ground up"
+copyright = author = ""
+
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.mathjax", "folds"]
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+mathjax_path = "mathjax/tex-chtml.js"  # in _static: nothing comes from another host
+nb_execution_mode = "off"
+nb_merge_streams = True
+copybutton_selector = "div.cell_input div.highlight pre"
+
+html_theme = "sphinx_book_theme"
+templates_path = ["_templates"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_js_files = ["site.js"]
+html_extra_path = ["extra"]  # copied as it is: playground.html
+html_favicon = "_static/favicon.svg"
+html_use_index = html_copy_source = html_show_sourcelink = False
+html_show_copyright = html_show_sphinx = False
+html_context = {"default_mode": "auto"}
+html_sidebars = {
+    "**": [
+        "navbar-logo.html",
+        "search-button-field.html",
+        "playground-link.html",
+        "sbt-sidebar-nav.html",
+    ]
+}
+html_theme_options = {
+    "repository_url": stamp.REPOSITORY,
+    "repository_branch": "main",
+    "path_to_docs": "notebooks",
+    "use_repository_button": True,
+    "use_download_button": False,  # it would hand out the copies with the site's marks
+    "use_fullscreen_button": False,
+    "launch_buttons": {"colab_url": stamp.COLAB},
+    "home_page_in_toc": True,
+    "show_toc_level": 1,
+    "navbar_persistent": [],  # else a second search field stands above the page
+    "article_footer_items": [],
+    "content_footer_items": [],
+    "footer_content_items": [],
+    "extra_footer": "",
+}

@@ -1,0 +1,388 @@
+"""The playground computes what PyTorch computes, takes good files, and refuses others in words."""
+
+import base64
+import json
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+import pages
+import playground
+from conftest import open_page, violations
+from lora_utils import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    RichBoyNet,
+    add_lora,
+    load_mnist,
+    lora_layers,
+    pretrained_richboynet,
+    save_adapter,
+)
+
+# How the digits arrive, and the strengths of the adapters.
+SETTINGS = [
+    ("upright", {}),
+    ("rotated", {"rotated": 1}),
+    ("scrambled", {"scrambled": -0.5, "mirrored": 0.3}),
+    ("mirrored", {"mirrored": 1.25}),
+    ("upright", {"nines": 2, "rotated": 0.5, "scrambled": 0.25}),
+]
+LOGITS = """([pixels, arrival, strengths]) => {
+  const raw = Uint8Array.from(atob(pixels), (letter) => letter.charCodeAt(0)), logits = [];
+  const mix = knobs.map((knob) => [knob.adapter, strengths[knob.name] ?? 0]);
+  for (let start = 0; start < raw.length; start += 784) {
+    const image = Float32Array.from(raw.subarray(start, start + 784), (v) => v / 255);
+    logits.push([...forward(base, standardise(image, orders[arrival]), mix)]);
+  }
+  return logits;
+}"""
+
+
+@pytest.fixture(scope="module")
+def stored():
+    """The numbers of the page that the site shows."""
+    return safetensors.torch.load(pages.STORED.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, stored):
+    """The adapters of that page, as folders with the two files of PEFT."""
+    folder = tmp_path_factory.mktemp("adapters")
+    with safetensors.safe_open(pages.STORED, "pt") as file:
+        settings = json.loads(file.metadata()["adapters"])
+    for name, config in settings.items():
+        (folder / name).mkdir()
+        weights = {
+            key.removeprefix(f"{name}/"): tensor
+            for key, tensor in stored.items()
+            if key.startswith(f"{name}/")
+        }
+        safetensors.torch.save_file(weights, folder / name / WEIGHTS_FILE)
+        (folder / name / CONFIG_FILE).write_text(json.dumps(config))
+    return {name: folder / name for name in settings}
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    train, _, test = load_mnist(torch.device("cpu"))
+    return train, test
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory, mnist, stored, folders):
+    """A page written as notebook 4 writes it, with a base trained just now; and that base."""
+    train, test = mnist
+    base, path = pretrained_richboynet(train), tmp_path_factory.mktemp("page") / "page.html"
+    playground.write_playground(path, base, folders, test, stored["digits/pixel_order"].long())
+    return path, base
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+    """The page that the site shows."""
+    path = tmp_path / "playground.html"
+    path.write_text(playground.page(pages.STORED.read_bytes()), encoding="utf-8")
+    with open_page(browser, path.as_uri()) as page:
+        page.goto(path.as_uri())
+        yield page
+
+
+@torch.no_grad()
+def differences(page, base, folders, images, order):
+    """Compare page and PyTorch: the largest difference of logits, and the unequal answers."""
+    pixels = ((images * 0.3081 + 0.1307) * 255).round().to(torch.uint8)
+    sent = base64.b64encode(pixels.numpy().tobytes()).decode()
+    arrive = {
+        "upright": images,
+        "rotated": images.rot90(-1, dims=(1, 2)),
+        "mirrored": images.flip(2),
+        "scrambled": images.flatten(1)[:, order.long()].view(-1, 28, 28),
+    }
+    largest, unequal = 0.0, 0
+    for arrival, strengths in SETTINGS:
+        theirs = torch.tensor(page.evaluate(LOGITS, [sent, arrival, strengths]))
+        model = playground.with_adapters(base, {folders[n]: s for n, s in strengths.items()})
+        ours = model(arrive[arrival])
+        largest = max(largest, (ours - theirs).abs().max().item())
+        unequal += (ours.argmax(1) != theirs.argmax(1)).sum().item()
+    total = len(images) * len(SETTINGS)
+    print(f"largest difference {largest:.1e}, {unequal} of {total} answers differ")
+    return largest, unequal
+
+
+def test_logits_are_those_of_pytorch_with_the_same_weights(page, stored, folders, mnist):
+    base = RichBoyNet()
+    for name, parameter in base.named_parameters():
+        number = stored[f"base/{name}"].float()
+        scale = stored.get(f"base/{name}_scale")
+        parameter.data = number if scale is None else number * scale[:, None]
+    images, order = mnist[1].images[:1000], stored["digits/pixel_order"]
+    largest, unequal = differences(page, base, folders, images, order)
+    assert largest < 1e-4 and unequal == 0
+
+
+def test_answers_are_those_of_float32(browser, fresh, stored, folders, mnist):
+    path, base = fresh
+    with open_page(browser, path.as_uri()) as page:
+        page.goto(path.as_uri())
+        images, order = mnist[1].images[1000:1400], stored["digits/pixel_order"]
+        unequal = differences(page, base, folders, images, order)[1]
+        assert unequal <= 0.005 * len(images) * len(SETTINGS)
+
+
+def read(page, who):
+    """What the page says, once it has shown its last change."""
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+    return page.inner_text(f"#says-{who}")
+
+
+def knob(page, name):
+    return page.locator(".knob", has_text=name).locator("input")
+
+
+# Good and bad files
+
+
+def drop(page, *files):
+    """Drop files (name, bytes) onto the page, as from a file manager; return what it says."""
+    sent = [[name, base64.b64encode(content).decode()] for name, content in files]
+    page.evaluate("tell('')")
+    page.evaluate(
+        """(files) => {
+          const dataTransfer = new DataTransfer();
+          for (const [name, text] of files) {
+            const raw = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+            dataTransfer.items.add(new File([raw], name));
+          }
+          for (const type of ["dragover", "drop"])
+            document.body.dispatchEvent(new DragEvent(type, { dataTransfer, bubbles: true }));
+        }""",
+        sent,
+    )
+    page.wait_for_function("document.getElementById('message').textContent")
+    return page.inner_text("#message")
+
+
+def adapter_file(folder, rank=3, alpha=6.0, hidden=1000):
+    """The file that `save_adapter` writes for a network like RichBoyNet."""
+    model = torch.nn.ModuleDict({"fc1": torch.nn.Linear(784, hidden)})
+    add_lora(model, rank, alpha, ["fc1"])
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    save_adapter(model, folder)
+    return (folder / WEIGHTS_FILE).read_bytes()
+
+
+def test_takes_our_file_and_pefts_two(page, tmp_path, folders):
+    assert "rank 3, α = 6, on fc1" in drop(page, (WEIGHTS_FILE, adapter_file(tmp_path)))
+    both = [(file.name, file.read_bytes()) for file in folders["mirrored"].iterdir()]
+    assert "rank 2, α = 6, on fc1, fc2" in drop(page, *both)
+    names = page.locator(".knob label").all_inner_texts()
+    assert names[-2:] == ["yours", "yours 2"] and knob(page, "yours 2").input_value() == "1"
+    page.evaluate("turnAll({}); arrive('mirrored')")
+    results = []
+    for name in ("mirrored", "yours 2"):  # the same adapter twice gives the same answer
+        page.evaluate("name => turnAll({[name]: 1})", name)
+        read(page, "lora")
+        results.append(page.locator("#bars").inner_text())
+    assert results[0] == results[1]
+
+
+def test_takes_a_chosen_file(page, tmp_path):
+    adapter_file(tmp_path)
+    page.set_input_files("#file", tmp_path / WEIGHTS_FILE)
+    page.get_by_text("“yours” is a knob now").wait_for()
+
+
+def header(entries, numbers=b""):
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + numbers
+
+
+def bad_files(folder, mirrored):
+    good, weights = adapter_file(folder), (mirrored / WEIGHTS_FILE).read_bytes()
+    config = json.loads((mirrored / CONFIG_FILE).read_text())
+    broken = safetensors.torch.load(good)
+    half = {name: tensor.clone() for name, tensor in list(broken.items())[:1]}
+    number = torch.ones(2)
+    settings = {CONFIG_FILE: (folder / CONFIG_FILE).read_text()}
+    broken["base_model.model.fc1.lora_B.weight"][5, 1] = torch.nan
+    other = {name.replace("fc1", "fc9"): tensor for name, tensor in broken.items()}
+
+    def with_config(**changes):
+        return (WEIGHTS_FILE, weights), (CONFIG_FILE, json.dumps(config | changes).encode())
+
+    def one(content):
+        return ((WEIGHTS_FILE, content),)
+
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    return {
+        "cut": (one(good[:-1000]), "cut off"),
+        "cut in the header": (one(good[:100]), "cut off"),
+        "empty": (one(b""), "no safetensors file"),
+        "a picture": (one(b"\x89PNG\r\n\x1a\n" + bytes(1000)), "no safetensors file"),
+        "JSON that is no header": (one(header([1])), "no safetensors file"),
+        "longer": (one(good + b"1234"), "longer than its header says"),
+        "an entry without a place": (one(header({"a": {}})), "is damaged"),
+        "an odd type": (one(header({"a": entry | {"dtype": "I64"}}, bytes(4))), "type I64"),
+        "another network": (one(adapter_file(folder, hidden=500)), "500 × 3, not 1000 × 3"),
+        "other layers": (one(safetensors.torch.save(other, settings)), "no place for"),
+        "one factor": (one(safetensors.torch.save(half, settings)), "one of the two factors"),
+        "not a number": (one(safetensors.torch.save(broken, settings)), "NaN"),
+        "no settings": (one(weights), "does not say its α"),
+        "a base": (one(safetensors.torch.save({"fc1.weight": number}, settings)), "no place"),
+        "settings alone": (((CONFIG_FILE, b"{}"),), "one file named"),
+        "settings that are not JSON": ((*one(weights), (CONFIG_FILE, b"{")), "is damaged"),
+        "other settings": ((*one(good), with_config()[1]), "not the one saved"),
+        "another rank": (with_config(r=4), "not 4 × 784"),
+        "no α": (with_config(lora_alpha=None), "must be positive"),
+        "DoRA": (with_config(use_dora=True), "use_dora"),
+        "not LoRA": (with_config(peft_type="IA3"), "does not describe a LoRA"),
+    }
+
+
+def test_refuses_bad_files_in_words_and_changes_nothing(page, tmp_path, folders):
+    page.evaluate("turnAll({nines: 0.5})")
+    before = read(page, "lora"), page.locator("#knobs").inner_text()
+    for name, (files, why) in bad_files(tmp_path, folders["mirrored"]).items():
+        said = drop(page, *files)
+        assert said.startswith("Not taken") and why in said, (name, said)
+        assert (read(page, "lora"), page.locator("#knobs").inner_text()) == before, name
+
+
+# Below a cell
+
+
+@pytest.mark.parametrize("place", ["jupyter", "colab"])
+def test_shows_below_a_cell(browser, tmp_path, monkeypatch, place):
+    """In Jupyter as a link, which keeps the notebook small; in Colab with all that it needs."""
+    (tmp_path / "playground.html").write_text(playground.page(pages.STORED.read_bytes()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VSCODE_PID", raising=False)
+    if place == "colab":
+        monkeypatch.setitem(sys.modules, "google.colab", None)
+    output = playground.show_playground("playground.html").data
+    assert (len(output) < 300) == (place == "jupyter")
+    if place == "colab":
+        (tmp_path / "playground.html").unlink()
+    cell = tmp_path / "cell.html"
+    cell.write_text(f"<!DOCTYPE html><meta charset='utf-8'>{output}", encoding="utf-8")
+    with open_page(browser, tmp_path.as_uri()) as page:
+        page.goto(cell.as_uri())
+        page.frame_locator("iframe").locator("#says-lora", has_text="2").wait_for()
+
+
+# Drawing and turning
+
+
+def stroke(page, *points):
+    """Draw a line through points, given as parts of the drawing area."""
+    box = page.locator("#paper").bounding_box()
+    for i, (x, y) in enumerate(points):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=8)
+        if i == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
+SEVEN = ((0.3, 0.2), (0.7, 0.2), (0.45, 0.8))
+
+
+@pytest.mark.parametrize("zoom, dx, dy", [(1, 0, 0), (0.5, 0.4, 0.45), (1.2, -0.1, -0.05)])
+def test_a_drawn_digit_is_read_wherever_and_however_large(page, zoom, dx, dy):
+    stroke(page, *((zoom * x + dx, zoom * y + dy) for x, y in SEVEN))
+    assert read(page, "base") == "7"
+    page.get_by_role("button", name="Clear").click()
+    assert read(page, "base") == "–"
+    stroke(page, *((zoom * x + dx, zoom * y + dy) for x, y in ((0.5, 0.2), (0.48, 0.8))))
+    assert read(page, "base") == "1"
+
+
+def test_a_finger_draws(browser, tmp_path):
+    path = tmp_path / "playground.html"
+    path.write_text(playground.page(pages.STORED.read_bytes()), encoding="utf-8")
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    with open_page(browser, path.as_uri(), **phone) as page:
+        page.goto(path.as_uri())
+        page.get_by_role("button", name="Clear").tap()
+        box, touch = page.locator("#paper").bounding_box(), page.context.new_cdp_session(page)
+        at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in SEVEN]
+        for i, (x, y) in enumerate(at):
+            event = {"type": "touchMove" if i else "touchStart", "touchPoints": [{"x": x, "y": y}]}
+            touch.send("Input.dispatchTouchEvent", event)
+        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        assert read(page, "base") == "7" and page.evaluate("scrollY") == 0
+
+
+def test_the_keyboard_draws_and_turns(page):
+    page.locator("#paper").focus()
+    page.keyboard.press("Delete")
+    assert read(page, "base") == "–"
+    page.keyboard.press("Space")
+    for key in ["ArrowDown"] * 8:
+        page.keyboard.press(key)
+    assert read(page, "base") == "1"
+    page.keyboard.press("7")
+    assert "a 7" in page.inner_text("#what")
+    page.get_by_role("slider", name="rotated").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert page.locator(".knob output").nth(1).inner_text() == "0.15"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.labels[0].textContent") == "scrambled"
+
+
+def test_a_dragged_knob_changes_the_answer(page):
+    page.locator("[data-example=rotated] button").click()
+    before = read(page, "lora")
+    assert before == read(page, "base")
+    box = page.get_by_role("slider", name="rotated").bounding_box()
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 12 + (box["width"] - 24) / 3, y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 12 + (box["width"] - 24) * 2 / 3, y, steps=10)
+    page.mouse.up()
+    assert page.locator(".knob output").nth(1).inner_text() == "1.00"
+    digit = page.inner_text("#what").split("a ")[1][0]
+    assert read(page, "lora") == digit != before
+    page.locator("#curve .here").wait_for(state="attached")
+    page.get_by_text(f"on {digit}").wait_for()  # the curve's summary
+
+
+def test_each_example_shows_what_its_text_says(page):
+    """The digit's answers: of the network, with the knobs as set up, with the knob turned."""
+    says = {
+        "nines": lambda d, alone, start, end: d == "9" and alone == start != d and end == d,
+        "price": lambda d, alone, start, end: alone == start == d and end == "9" != d,
+        "rotated": lambda d, alone, start, end: alone == start != d == end,
+        "half": lambda d, alone, start, end: alone == d == end != start,
+        "scrambled": lambda d, alone, start, end: alone == start != d == end,
+        "both": lambda d, alone, start, end: start == d != end,
+        "beyond": lambda d, alone, start, end: start == d != end,
+    }
+    for name, holds in says.items():
+        page.locator(f"[data-example={name}] button").click()
+        start, digit = read(page, "lora"), page.inner_text("#what").split("a ")[1][0]
+        turned = page.evaluate("document.activeElement.labels[0].textContent")
+        assert turned == page.evaluate("name => examples[name].knob", name)
+        page.evaluate("name => turn(turned, examples[name].target)", name)
+        assert holds(digit, read(page, "base"), start, read(page, "lora")), name
+        if name == "half":
+            page.get_by_role("radio", name="rotated").check()
+            assert read(page, "lora") == digit != read(page, "base")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_is_accessible_and_fits(page, theme, width):
+    page.set_viewport_size({"width": width, "height": 844})
+    page.emulate_media(color_scheme=theme)
+    page.evaluate("turnAll({rotated: 1, nines: -0.5})")
+    page.locator("#curve .here").wait_for(state="attached")
+    page.evaluate("tell('what is wrong', true)")
+    assert page.get_attribute("html", "data-theme") == theme
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert violations(page) == []

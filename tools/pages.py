@@ -1,0 +1,122 @@
+"""Build the site: the notebooks as pages with their stored outputs, and the playground.
+
+python tools/pages.py [FOLDER]   build; the default folder is build/site
+python tools/pages.py keep       keep the network of notebook 4's last run for the site's playground
+
+Nothing is executed. The notebooks are copied to build/site-source with the tags and marks that
+the site needs, and Sphinx makes pages of them; docs/ holds its settings.
+"""
+
+import base64
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import nbformat
+
+import stamp
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+from playground import page  # noqa: E402
+
+NOTEBOOKS, DOCS = ROOT / "notebooks", ROOT / "docs"
+SOURCE = ROOT / "build" / "site-source"
+STORED = ROOT / "data" / "playground.safetensors"
+
+BADGE = re.compile(r"^\[!\[Open in Colab\].*\n+", flags=re.MULTILINE)  # the theme has a button
+NEIGHBOURS = re.compile(r"^(Previous|Next): \[.*\n*", flags=re.MULTILINE)  # and arrows
+PREDICT = re.compile(r"(?<=\n\n)(?=[^\n]*\*\*Predict)|\A(?=[^\n]*\*\*Predict)")
+PART = re.compile(r"^\| \*\*\w+\*\* \| \*\*(.+?)\*\*")  # a row of the README's table
+ENTRY = re.compile(r"^\| \d+ \| \[.+?\]\(notebooks/(\w+)\.ipynb\) \| (.+?) \|")
+
+
+def build(folder: Path) -> int:
+    """Build the site into a folder; return the status of Sphinx, which is not 0 after a warning."""
+    prepare()
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", SOURCE, folder]
+    return subprocess.run(command, check=False).returncode
+
+
+def prepare() -> None:
+    """Write what Sphinx reads into SOURCE."""
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    shutil.copytree(DOCS, SOURCE)
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        join_set_up(notebook)
+        for cell in notebook.cells:
+            adapt(cell)
+        nbformat.write(notebook, SOURCE / path.name)
+    with (SOURCE / "index.md").open("a", encoding="utf-8") as index:
+        index.write(contents())
+    extra = SOURCE / "extra"
+    extra.mkdir()
+    for_the_site = page(STORED.read_bytes()).replace('id="home" hidden', 'id="home"')
+    stamp.write(extra / "playground.html", for_the_site)
+    for file in metadata.files("sphinx-mathjax-offline"):  # of 24 MB the pages need 2
+        path = str(file).partition("static/")[2]
+        if path == "mathjax/tex-chtml.js" or path.startswith("mathjax/output/chtml/fonts/woff-v2"):
+            (SOURCE / "_static" / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file.locate(), SOURCE / "_static" / path)
+
+
+def contents() -> str:
+    """Markdown for the first page: the parts of the README's table with their notebooks."""
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        if found := PART.match(line):
+            parts[found[1]] = []
+        elif (found := ENTRY.match(line)) and (NOTEBOOKS / f"{found[1]}.ipynb").is_file():
+            parts[list(parts)[-1]].append(found.groups())
+    text = ""
+    for part, entries in parts.items():
+        tree = "\n".join(name for name, _ in entries)
+        text += f"\n```{{toctree}}\n:hidden:\n:caption: {part}\n\n{tree}\n```\n"
+        text += f"\n**{part}**\n\n"
+        text += "".join(f"- {{doc}}`{name}`  \n  {question}\n" for name, question in entries)
+    return text
+
+
+def join_set_up(notebook: nbformat.NotebookNode) -> None:
+    """Make one cell of the set-up cell and the imports that follow it."""
+    first = next(cell for cell in notebook.cells if cell.id == "setup")
+    rest = notebook.cells[notebook.cells.index(first) + 1 :]
+    while rest[0].id.startswith("imports"):
+        first.source += f"\n\n{rest[0].source}"
+        notebook.cells.remove(rest.pop(0))
+
+
+def adapt(cell: nbformat.NotebookNode) -> None:
+    """Fold solutions, mark each "Predict.", describe figures, drop what the theme has itself."""
+    if cell.cell_type == "markdown":
+        text = NEIGHBOURS.sub("", BADGE.sub("", cell.source))
+        cell.source = PREDICT.sub("% predict\n\n", text)  # a comment, for docs/folds.py
+        return
+    tags, look = cell.metadata.setdefault("tags", []), cell.metadata.setdefault("mystnb", {})
+    if "solution" in tags:
+        tags.append("hide-cell")
+        look["code_prompt_show"] = look["code_prompt_hide"] = "Solution"
+        cell.source = re.sub(r"\A# @title .*\n", "", cell.source)
+    elif cell.id == "setup":
+        tags.append("hide-input")
+        look["code_prompt_show"] = look["code_prompt_hide"] = "Set-up and imports"
+    for output in cell.outputs:
+        if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
+            look["image"] = {"alt": alt}
+
+
+def keep(written: Path = NOTEBOOKS / "playground.html") -> None:
+    """Take the numbers out of the page that notebook 4 wrote, and keep them in STORED."""
+    found = re.search(r'id="stored">([^<]+)<', written.read_text(encoding="utf-8"))
+    STORED.write_bytes(base64.b64decode(found[1]))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["keep"]:
+        keep()
+    else:
+        sys.exit(build(Path(*sys.argv[1:] or [ROOT / "build" / "site"])))
