@@ -48,16 +48,19 @@ def train(
     model.load_state_dict(load_file(folder / "base.safetensors"))
     if not full:
         add_lora(model, **LORA)
-    parallel = distribute(model.to(device), fsdp, device)  # after add_lora, never before
+    parallel = distribute(model, fsdp, device)  # after add_lora, never before
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = Adam(trained, lr=2e-3)
-    done = resume(parallel, optimizer, folder)
+    job = {"full": full, "seed": seed}  # what a checkpoint must have been made for
+    done = resume(parallel, optimizer, folder, job)
+    if done and me == 0:
+        print(f"going on after step {done} of {steps}")
     digits = load_file(folder / "digits.safetensors", device=str(device))
-    order = torch.randperm(len(digits["labels"]))
+    order = torch.randperm(len(digits["labels"]) // BATCH * BATCH)  # whole batches, so equal shares
     losses, seconds = [], []
     for step in range(done, steps):
         start = time.perf_counter()
-        batch = order[step * BATCH % len(order) :][:BATCH]
+        batch = order[step * BATCH % len(order) :][:BATCH]  # each epoch in the same order
         share = batch[me::processes].to(device)
         loss = F.cross_entropy(parallel(digits["images"][share]), digits["labels"][share])
         optimizer.zero_grad()
@@ -66,8 +69,8 @@ def train(
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
         if (step + 1) % save_every == 0:
-            save(parallel, optimizer, step + 1, folder, full)
-    held = [p.to_local() if fsdp else p for p in model.parameters()]
+            save(parallel, optimizer, step + 1, folder, job)
+    held = [p.to_local() if fsdp else p for p in model.parameters()]  # its share, or all of it
     numbers = torch.cat([tensor.detach().flatten().cpu() for tensor in held])
     report = {"held": len(numbers), "checksum": zlib.crc32(numbers.numpy())}
     return report | {"losses": losses, "seconds": seconds}
@@ -76,33 +79,36 @@ def train(
 def distribute(model: nn.Module, fsdp: bool, device: torch.device) -> nn.Module:
     """Return the model, wrapped so that all processes train it together."""
     if not fsdp:
-        return DistributedDataParallel(model)  # each process holds a replica
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        return DistributedDataParallel(model.to(device))  # each process holds a replica
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))  # all processes, in one row
     for layer in model.children():
-        fully_shard(layer, mesh=mesh)  # each process holds a share, and borrows the others
+        fully_shard(layer, mesh=mesh)  # each holds a share on its device, and borrows the others
     return fully_shard(model, mesh=mesh)
 
 
-def save(parallel: nn.Module, optimizer: Adam, step: int, folder: Path, full: bool) -> None:
+def save(parallel: nn.Module, optimizer: Adam, step: int, folder: Path, job: dict) -> None:
     """Save the checkpoint and the adapter. All processes call it, for each may hold a share."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, state = get_state_dict(parallel, optimizer, options=whole)
     if dist.get_rank() != 0:  # one process writes
         return
-    torch.save({"step": step, "weights": weights, "optimizer": state}, folder / "checkpoint.new")
+    saved = {"step": step, "job": job, "weights": weights, "optimizer": state}
+    torch.save(saved, folder / "checkpoint.new")
     os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")  # the old one or the new one
-    if not full:
+    if not job["full"]:
         plain = RichBoyNet()  # without wrapper and shares
         add_lora(plain, **LORA)
         load_lora_state_dict(plain, weights)
         save_adapter(plain, folder / "adapter")
 
 
-def resume(parallel: nn.Module, optimizer: Adam, folder: Path) -> int:
+def resume(parallel: nn.Module, optimizer: Adam, folder: Path, job: dict) -> int:
     """Load the checkpoint, if there is one, and return how many steps are done."""
     if not (folder / "checkpoint.pt").exists():
         return 0
     saved = torch.load(folder / "checkpoint.pt")
+    if saved["job"] != job:
+        raise ValueError(f"the checkpoint in {folder} was made for {saved['job']}, not for {job}")
     parts = {"model_state_dict": saved["weights"], "optim_state_dict": saved["optimizer"]}
     options = StateDictOptions(full_state_dict=True, strict=False)  # it has no frozen weights
     set_state_dict(parallel, optimizer, **parts, options=options)
@@ -125,6 +131,8 @@ def main() -> None:
     if on_gpus:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpus else "gloo")
+    if dist.get_rank() == 0:
+        print(f"{dist.get_world_size()} processes, on {device.type}")
     report = train(device=device, **vars(options))
     (options.folder / f"process{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.destroy_process_group()

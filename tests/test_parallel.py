@@ -163,6 +163,8 @@ worker.dist = type("Alone", (), {name: staticmethod(f) for name, f in alone.item
 attempt("no share", save_every=9)
 worker.dist = dist
 
+found["other job"] = error_of(worker.train, one / "lora3", cpu, full=True)
+
 # What DDP refuses.
 frozen = lora.RichBoyNet().requires_grad_(False)
 found["nothing to train"] = error_of(DistributedDataParallel, frozen)
@@ -290,6 +292,7 @@ def test_what_breaks_the_same_answer_and_what_does_not(many):
 def test_errors_say_what_is_wrong(many):
     for process in many.found:
         assert f"{many.count} processes cannot share a batch of 63 evenly" in process["uneven"]
+        assert "made for {'full': False" in process["other job"]
         assert "DistributedDataParallel is not needed" in process["nothing to train"]
         assert all(name.startswith("module.") for name in process["names"])
         assert "hand over model.module" in process["refused"]
@@ -375,7 +378,7 @@ def test_gpus_are_used_if_there_is_one_for_each_process(monkeypatch, tmp_path, g
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     monkeypatch.setattr(worker, "train", lambda device, **options: used.append(device) or {})
-    fake = {"init_process_group": used.append, "get_rank": lambda: 1}
+    fake = {"init_process_group": used.append, "get_rank": lambda: 1, "get_world_size": lambda: 2}
     fake["destroy_process_group"] = lambda: None
     monkeypatch.setattr(worker, "dist", SimpleNamespace(**fake))
     worker.main()
