@@ -1,14 +1,16 @@
 """LoRA from the ground up: the one module that all notebooks share.
 
 It is ordered like a chapter: where to compute, the LoRA layers, what you can do with an adapted
-model, adapter files, MNIST, and helpers to look at results. Names that begin with `_` are
-details, at the end of each part: skip them on a first reading, and the drawing helpers, too.
+model, adapter files, MNIST, helpers to look at results, and a language model. Names that begin
+with `_` are details, at the end of each part: skip them on a first reading, and the drawing
+helpers, too.
 
 Symbols are those of the paper (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
 https://arxiv.org/abs/2106.09685): a frozen weight W₀ (out × in), its update ΔW = (α/r)·B·A with
 B (out × r) and A (r × in), the rank r, and the constant α.
 """
 
+import gzip
 import json
 import math
 import os
@@ -18,11 +20,10 @@ from contextlib import contextmanager
 from inspect import getsource
 from numbers import Integral, Real
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
-from uuid import uuid4
 
 import matplotlib.pyplot as plt
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -165,7 +166,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     Raises:
         ValueError: the model is wrapped, so that its layers have other names.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):  # the last by torch.compile
         inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
         raise ValueError(f"{type(model).__name__} renames the layers: hand over model.{inner}")
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
@@ -247,13 +249,12 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return all linear layers by name. Where LoRA is, that is its base, by the name it had."""
-    layers, adapted = {}, lora_layers(model)
+    adapted, linear = lora_layers(model), {}
     for name, module in model.named_modules():
-        if name in adapted:
-            layers[name] = adapted[name].base
-        elif name and isinstance(module, nn.Linear) and name.removesuffix(".base") not in adapted:
-            layers[name] = module
-    return layers
+        if name and isinstance(module, nn.Linear):
+            outer = name.removesuffix(".base")
+            linear[outer if outer in adapted else name] = module
+    return linear
 
 
 def _find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
@@ -264,9 +265,7 @@ def _find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
     for target in targets:
         matches = {n: m for n, m in linear.items() if n == target or n.endswith(f".{target}")}
         if not matches:
-            raise ValueError(
-                f"no linear layer is named {target!r}; there are {_last_parts(linear)}"
-            )
+            raise ValueError(f"no linear layer is {target!r}; there are {_last_parts(linear)}")
         found |= matches
     for name, layer in found.items():
         _refuse_unadaptable(model, name, layer)
@@ -284,6 +283,9 @@ def _refuse_unadaptable(model: nn.Module, name: str, layer: nn.Linear) -> None:
     if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         reason = f"{type(owner).__name__} reads the weight itself and does not call the layer"
         raise ValueError(f"{name} cannot have LoRA: {reason}")
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} are one layer: LoRA would reach only the first")
     if parametrize.is_parametrized(layer, "weight"):
         raise ValueError(f"{name} cannot have LoRA: its weight has a parametrization already")
 
@@ -308,17 +310,16 @@ def _all_factors(model: nn.Module) -> list[LoRAFactors]:
 
 def _refuse_unmergeable(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
     """Raise a ValueError if merging one of the layers would lose or spoil something."""
-    owners = {}  # of each tensor: a tied output head is the embedding, too
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name)
+    named = list(model.named_parameters(remove_duplicate=False))
     for name, layer in layers.items():
-        weight = dict(layer.base.named_parameters()).get("weight")  # not one computed on demand
+        weight = dict(layer.base.named_parameters()).get("weight")  # not a computed one
         if layer.strength == 0:
             raise ValueError(f"LoRA is off in {name}: set its strength, or call remove_lora")
         if weight is None or not weight.is_floating_point():
             raise ValueError(f"the weight of {name} is not stored as floats: dequantise it first")
-        if len(owners[weight]) > 1:
-            raise ValueError(f"merging would change {' and '.join(owners[weight])}: they are one")
+        names = [n for n, p in named if p is weight]  # a tied output head is the embedding, too
+        if len(names) > 1:
+            raise ValueError(f"merging would change {' and '.join(names)}: they are one")
         if not torch.isfinite(layer.merged(weight)).all():
             raise ValueError(f"merging would put NaN or infinity into {name}")
 
@@ -405,13 +406,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
             raise ValueError(f"the adapter is for {name}; the model has {_last_parts(linear)}")
         base = linear[name]
         _refuse_unadaptable(model, name, base)
-        sizes = nn.Linear(base.in_features, base.out_features, device="meta")
-        adapted[name] = LoRALinear(sizes, config["r"], config["lora_alpha"])  # draws no numbers
+        # Around an empty layer: checks rank and alpha, allocates nothing, draws no random number.
+        empty = nn.Linear(base.in_features, base.out_features, device="meta")
+        adapted[name] = LoRALinear(empty, config["r"], config["lora_alpha"])
     _check_shapes(state, _named_factors(adapted))
     for name, layer in adapted.items():
-        layer.base, kind = linear[name], _device_and_dtype(linear[name])
-        layer.lora_A = nn.Parameter(state[f"{name}.lora_A"].to(**kind))
-        layer.lora_B = nn.Parameter(state[f"{name}.lora_B"].to(**kind))
+        layer.base, like_base = linear[name], _device_and_dtype(linear[name])
+        layer.lora_A = nn.Parameter(state[f"{name}.lora_A"].to(**like_base))
+        layer.lora_B = nn.Parameter(state[f"{name}.lora_B"].to(**like_base))
     if lora_layers(model):
         remove_lora(model)
     _put_in_place(model, adapted)
@@ -443,22 +445,18 @@ def _check_shapes(state: dict[str, torch.Tensor], factors: dict[str, nn.Paramete
 def _write_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write all files completely before the first takes its place, in the order given."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f"{name}.{uuid4().hex}.tmp" for name in files}  # ours alone
-    try:
+    with TemporaryDirectory(dir=folder) as ours:  # no other process writes there
         for name, content in files.items():
-            with temporary[name].open("xb") as file:
+            with Path(ours, name).open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())  # on the disk, not in a cache
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-        if os.name == "posix":  # force the new names to the disk, too; Windows cannot
-            descriptor = os.open(folder, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        for name in files:
+            os.replace(Path(ours, name), folder / name)
+    if os.name == "posix":  # force the new names to the disk, too; Windows cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 # Settings that change what an adapter computes without changing the names of its tensors.
@@ -653,11 +651,10 @@ def check(claim: str, condition: bool) -> None:
     Raises:
         TypeError: the condition is not one truth value (of Python, NumPy or PyTorch).
     """
-    if isinstance(condition, torch.Tensor) and condition.ndim == 0:
-        condition = condition.item()
-    if not isinstance(condition, bool | np.bool_):
+    truth = condition.item() if getattr(condition, "ndim", None) == 0 else condition
+    if not isinstance(truth, bool):
         raise TypeError(f"the condition must be true or false, not {condition!r}")
-    if not condition:
+    if not truth:
         raise AssertionError(f"this does not hold: {claim}")
     print(f"✓ {claim}")
 
@@ -784,3 +781,94 @@ def show_boxes(rows: int, columns: int, rank: int, alt: str) -> None:
     ax.set(xlim=(0, x - gap), ylim=(-0.25 * rows, rows), aspect="equal")
     ax.axis("off")
     show_figure(alt)
+
+
+# --- A language model (notebook 7) --------------------------------------------------------------
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+def load_language_model(name: str, device: torch.device) -> tuple[nn.Module, Callable]:
+    """Return a model in float32 and its tokenizer, from a folder in `data/` or from the Hub.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: its linear layers do not have the seven names in ATTENTION and MLP.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds to import
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source = DATA / name if (DATA / name).is_dir() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source).float()
+    except OSError as error:
+        raise OSError(f"{name!r} is no folder in data/, and cannot be had from the Hub") from error
+    linear = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if missing := set(ATTENTION + MLP) - linear:
+        advice = "take a Llama, Mistral, Qwen or Gemma"
+        raise ValueError(f"{name!r} has no linear layers {sorted(missing)}: {advice}")
+    return model.to(device).eval(), tokenizer
+
+
+def load_text(name: str) -> tuple[str, str, str]:
+    """Return a text of `data/texts`: 80 % to train on, 10 % to choose settings by, 10 % to test."""
+    text = gzip.decompress((DATA / "texts" / f"{name}.txt.gz").read_bytes()).decode("ascii")
+    eight, nine = int(0.8 * len(text)), int(0.9 * len(text))
+    return text[:eight], text[eight:nine], text[nine:]
+
+
+def encode(tokenizer: Callable, text: str, device: torch.device) -> torch.Tensor:
+    """Return the numbers of a text's tokens, without a token that would mark its start."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, device=device)
+
+
+def token_bits(model: nn.Module, tokenizer: Callable, windows: torch.Tensor) -> torch.Tensor:
+    """Return the bits of each token but the first in each window (windows × tokens)."""
+    # The token with which some models start a text; the small one has none.
+    opening = torch.tensor([tokenizer("").input_ids], dtype=torch.long, device=windows.device)
+    inputs = torch.cat([opening.expand(len(windows), -1), windows[:, :-1]], dim=1)
+    logits = model(inputs, use_cache=False).logits[:, opening.shape[1] :]
+    nats = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    return nats.view(len(windows), -1) / math.log(2)
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, tokenizer: Callable, text: str) -> float:
+    """Return the model's bits per byte, with at most 128 tokens to look back on."""
+    windows = encode(tokenizer, text, model.device).unfold(0, 129, 128)
+    bits = sum(token_bits(model, tokenizer, part).sum().item() for part in windows.split(16))
+    return bits / len(tokenizer.decode(windows[:, 1:].flatten()).encode())
+
+
+def train_language_model(
+    model: nn.Module,
+    tokenizer: Callable,
+    text: str,
+    steps: int,
+    rate: float,
+    seed: int,
+    start: int = 0,
+    stop: int | None = None,
+    state: dict | None = None,
+) -> dict:
+    """Train what needs a gradient with Adam, in place, and return the optimizer's state.
+
+    A step takes 8 pieces of 64 tokens from anywhere in the text; the rate falls to zero. To
+    interrupt a training, `stop` at a step; to resume it, `start` there, with the state returned.
+    """
+    tokens, generator = encode(tokenizer, text, model.device), torch.Generator().manual_seed(seed)
+    places = torch.randint(len(tokens) - 64, (steps, 8, 1), generator=generator)
+    pieces = places.to(tokens.device) + torch.arange(65, device=tokens.device)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for step in range(start, steps if stop is None else stop):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        loss = token_bits(model, tokenizer, tokens[pieces[step]]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return optimizer.state_dict()

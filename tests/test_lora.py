@@ -228,6 +228,13 @@ def test_layers_where_lora_would_fail_are_refused(refused, tmp_path, name):
         lora.load_adapter(model, tmp_path)
 
 
+def test_a_layer_in_two_places_is_refused_with_both_names(refused):
+    model = square()
+    model.fc1 = model.fc0  # set_submodule would put LoRA into one of the two places
+    with refused(model, "fc0", "fc1"):
+        lora.add_lora(model, 1, 1, ["fc0"])
+
+
 def test_a_layer_cannot_be_adapted_twice(refused):
     with refused(trained(model := square(), targets=["fc1"]), "fc1"):
         lora.add_lora(model, 1, 1, ["fc0", "fc1"])
@@ -259,7 +266,8 @@ def distributed(model):
 
 
 @pytest.mark.parametrize(
-    ("wrap", "inside"), [(torch.compile, "_orig_mod"), (distributed, "module")]
+    ("wrap", "inside"),
+    [(torch.compile, "_orig_mod"), (distributed, "module"), (nn.DataParallel, "module")],
 )
 def test_wrapped_models_are_refused_with_the_way_out(refused, tmp_path, wrap, inside):
     lora.save_adapter(trained(square()), tmp_path / "saved")

@@ -16,7 +16,7 @@ from tools import make_language_model, sweep_language_model
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "data" / "language_model"
-SEVEN = sweep_language_model.ATTENTION + sweep_language_model.MLP
+SEVEN = lora_utils.ATTENTION + lora_utils.MLP
 IDS = torch.arange(40).view(2, 20) * 7
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
 
@@ -161,8 +161,9 @@ def test_bits_per_byte_of_a_model_that_knows_nothing_are_the_bits_of_its_vocabul
     tokens = tokenizer(text).input_ids
     counted = (len(tokens) - 1) // 128 * 128
     size = len(tokenizer.decode(tokens[1 : counted + 1]))
-    bits = make_language_model.bits_per_byte(model, tokenizer, text)
-    assert math.isclose(bits, 10 * counted / size, rel_tol=1e-5)
+    for module in (make_language_model, lora_utils):
+        bits = module.bits_per_byte(model, tokenizer, text)
+        assert math.isclose(bits, 10 * counted / size, rel_tol=1e-5)
 
 
 def test_the_sweep_holds_what_its_script_says():
@@ -179,6 +180,11 @@ def test_the_sweep_holds_what_its_script_says():
         for rate in {best, *sweep_language_model.FRONTIER.get(method, ())}:
             for text in ("test", "Austen"):
                 assert sorted(seeds[text, rate]) == sorted(sweep_language_model.RESULT)
+    for method, rate in sweep_language_model.WEAKENED.items():
+        for strength in sweep_language_model.STRENGTHS:
+            weaker = [r for r in rows if r["method"] == f"{method} × {strength}"]
+            assert len(weaker) == 2 * len(sweep_language_model.RESULT)
+            assert {float(row["rate"]) for row in weaker} == {rate}
     for rate in sweep_language_model.CONTROL_RATES:
         for text in ("test", "Austen"):
             control = (r for r in rows if r["method"] == sweep_language_model.CONTROL)
@@ -205,7 +211,7 @@ def run_notebook(monkeypatch):
             if cell["cell_type"] == "code":
                 source = "".join(cell["source"])
                 source = source.replace('MODEL = "language_model"', f"MODEL = {str(model)!r}")
-                source = source.replace("STEPS, BATCH, LENGTH = 120", "STEPS, BATCH, LENGTH = 24")
+                source = source.replace("STEPS = 120", "STEPS = 24")
                 exec(compile(source, cell["id"], "exec"), names)
             if cell["id"] == until:
                 break
@@ -252,10 +258,8 @@ def test_the_sweep_trains_as_the_notebook_does(run_notebook, monkeypatch):
     monkeypatch.setattr(sweep_language_model, "STEPS", names["STEPS"])
     text = names["training"]["Bible"][:20_000]
     names["fresh_lora"](8, names["MLP"], seed=5)
-    names["train"](text, 0.02, 5)
-    tokens = sweep_language_model.encode(text)
-    model = sweep_language_model.adapt("MLP", tokens, 0.02, 5)
-    ours, theirs = (lora_utils.lora_state_dict(m) for m in (names["model"], model))
+    ours = names["model"]
+    lora_utils.train_language_model(ours, names["tokenizer"], text, names["STEPS"], 0.02, 5)
+    theirs, _ = sweep_language_model.adapt("MLP", text, 0.02, 5)
+    ours, theirs = map(lora_utils.lora_state_dict, (ours, theirs))
     assert lora_utils.same_tensors(ours, theirs)
-    bits = names["bits_per_byte"](text), sweep_language_model.bits_per_byte(model, tokens)
-    assert math.isclose(*bits, rel_tol=1e-6)

@@ -1,0 +1,261 @@
+"""The quantiser and the quantised layers that notebook 8 teaches, and the sweep that it shows."""
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import lora_utils
+from tools import sweep_four_bits
+
+ROOT = Path(__file__).resolve().parents[1]
+CELLS = "imports imports-lora imports-language normal-float quantize pack quantized-linear"
+TAUGHT = sweep_four_bits.taught(*CELLS.split(), "lean-layer", "start-factors")
+NF4, quantize, rounded, pack = (TAUGHT[n] for n in ("NF4", "quantize", "rounded", "pack"))
+KINDS = [TAUGHT["QuantizedLinear"], TAUGHT["LeanQuantizedLinear"]]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def with_zeros(shape):
+    """A random weight whose first 64 numbers are zero: a block."""
+    weight = torch.randn(shape)
+    weight.view(-1)[:64] = 0
+    return weight
+
+
+# The quantiser
+
+if sys.platform == "linux":  # as in requirements.txt
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 9), (8, 8), (5, 13), (33, 31), (64, 96)])
+    @pytest.mark.parametrize("make", [torch.randn, with_zeros])
+    def test_bit_for_bit_as_bitsandbytes(make, shape, dtype):
+        weight = make(shape).to(dtype)
+        settings = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": False}
+        packed, state = quantize_4bit(weight, **settings)
+        numbers, scales = quantize(weight, NF4)
+        assert pack(numbers).flatten()[: (weight.numel() + 1) // 2].equal(packed.flatten())
+        # bitsandbytes gives a last block that is all zeros, and not full, a scale of 1e-38.
+        assert torch.allclose(scales, state.absmax, rtol=0, atol=1e-37)
+        assert scales[scales > 0].equal(state.absmax[scales > 0])
+        assert rounded(weight, NF4).to(dtype).equal(dequantize_4bit(packed, state))
+
+    def test_the_stored_checksum_is_bitsandbytes_own():
+        stored = json.loads(sweep_four_bits.RESULT_FILE.read_text(encoding="utf-8"))
+        checksum = sweep_four_bits.reference()["checksum"]
+        assert stored["bitsandbytes"]["checksum"] == checksum
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_refused(number, kind):
+    layer = nn.Linear(8, 8)
+    layer.weight.data[3, 5] = number
+    with pytest.raises(ValueError, match="finite floating-point"):
+        kind(layer, NF4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
+def test_weights_that_are_not_floats_are_refused(dtype):
+    with pytest.raises(ValueError, match="finite floating-point"):
+        quantize(torch.ones(8, 8, dtype=dtype), NF4)
+
+
+def test_a_number_too_large_for_float32_is_refused():
+    with pytest.raises(ValueError, match="finite floating-point"):
+        quantize(torch.full((2, 2), 1e300, dtype=torch.float64), NF4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (13, 31)])
+def test_each_weight_becomes_the_nearest_value(shape):
+    weight = torch.randn(shape)
+    blocks = torch.cat([weight.flatten(), torch.zeros(-weight.numel() % 64)]).view(-1, 64)
+    scales = blocks.abs().amax(dim=1, keepdim=True)
+    nearest = (blocks[..., None] - NF4 * scales[..., None]).abs().argmin(dim=-1)
+    expected = (NF4[nearest] * scales).flatten()[: weight.numel()].view(shape)
+    assert rounded(weight, NF4).equal(expected)
+
+
+def test_zeros_stay_zeros_and_rounding_twice_is_rounding_once():
+    assert rounded(torch.zeros(3, 50), NF4).equal(torch.zeros(3, 50))
+    once = rounded(with_zeros((30, 30)), NF4)
+    assert rounded(once, NF4).equal(once)
+
+
+# The layers
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (7, 9), (1, 1), (65, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_layer_is_the_layer_with_rounded_weights(kind, shape, bias):
+    dense = nn.Linear(*shape, bias=bias)
+    layer = kind(dense, NF4)
+    dense.weight.data = rounded(dense.weight, NF4)
+    x = torch.randn(2, 3, shape[0])
+    assert layer.weight.equal(dense.weight) and layer.bias is dense.bias
+    assert torch.allclose(layer(x), dense(x), rtol=0, atol=1e-6)
+    assert f"in_features={shape[0]}, out_features={shape[1]}, bias={bias}" in repr(layer)
+    assert layer.packed.nbytes == 32 * math.ceil(math.prod(shape) / 64)
+
+
+def adapted(kind=None, rank=3):
+    """Two layers with LoRA: quantised, or with rounded weights in floats."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(20, 70), nn.ReLU(), nn.Linear(70, 30, bias=False))
+    for i in (0, 2):
+        if kind:
+            model[i] = kind(model[i], NF4)
+        else:
+            model[i].weight.data = rounded(model[i].weight, NF4)
+    lora_utils.add_lora(model, rank, alpha=6, targets=["0", "2"])
+    for layer in lora_utils.lora_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+def test_gradients_are_those_over_rounded_weights(kind):
+    gradients = []
+    for model in (adapted(kind), adapted()):
+        torch.manual_seed(2)
+        x = torch.randn(4, 5, 20, requires_grad=True)
+        model(x).square().sum().backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert len(trained) == 4
+        gradients.append([x.grad, *(p.grad for p in trained)])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_bias_gets_its_gradient(kind):
+    layer = kind(nn.Linear(4, 6), NF4)
+    layer(torch.randn(5, 4)).sum().backward()
+    assert layer.bias.grad.equal(torch.full((6,), 5.0))
+
+
+def test_only_the_lean_layer_keeps_no_weight():
+    kept = []
+    for kind in KINDS:
+        shapes = []
+
+        def keep(tensor, shapes=shapes):
+            shapes.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            adapted(kind)(torch.randn(2, 20))
+        kept.append({(30, 70), (70, 30)} & set(shapes))
+    naive, lean = kept
+    assert naive and not lean
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_floats(kind, dtype):
+    dense = nn.Linear(20, 30).to(dtype)
+    layer = kind(dense, NF4)
+    assert layer.weight.dtype == layer.scales.dtype == dtype
+    assert layer.weight.equal(rounded(dense.weight, NF4).to(dtype))
+    model = nn.Sequential(layer)
+    lora_utils.add_lora(model, 2, alpha=2, targets=["0"])
+    out = model(torch.randn(3, 20, dtype=dtype))
+    out.sum().backward()
+    assert out.dtype == model[0].lora_A.dtype == dtype
+
+
+def test_moving_to_bfloat16_rounds_the_scales_and_not_the_code(kind):
+    dense = nn.Linear(64, 10)
+    layer = kind(dense, NF4)
+    expected = layer.scales.bfloat16().float()[:, None] * NF4[quantize(dense.weight, NF4)[0].int()]
+    layer.to(torch.bfloat16)
+    assert layer.weight.equal(expected.view(10, 64).bfloat16())
+    assert layer(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_state_dict_and_copies(kind):
+    model, other = adapted(kind), adapted(kind)
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    x = torch.randn(2, 20)
+    assert not other(x).equal(model(x))
+    other.load_state_dict(model.state_dict())
+    assert other(x).equal(model(x)) and copy.deepcopy(model)(x).equal(model(x))
+    names = {n for n in model.state_dict() if n.startswith("0.base")}
+    assert names == {"0.base.packed", "0.base.scales", "0.base.bias"}
+
+
+def test_all_of_the_layer_moves(kind):
+    model = adapted(kind).to("meta")
+    assert {t.device.type for t in model.state_dict().values()} == {"meta"}
+    assert model(torch.empty(2, 20, device="meta")).shape == (2, 30)
+
+
+# With the module
+
+
+def test_merging_is_refused_and_removing_gives_the_layer_back(kind, refused):
+    model = adapted(kind)
+    bases = [layer.base for layer in lora_utils.lora_layers(model).values()]
+    with refused(model, "0", "not stored as floats", "dequantise"):
+        lora_utils.merge_lora(model)
+    lora_utils.remove_lora(model)
+    assert [model[0], model[2]] == bases
+
+
+def test_adapters_fit_a_quantised_base(kind, tmp_path):
+    model, fresh = adapted(kind), adapted(kind, rank=1)
+    lora_utils.save_adapter(model, tmp_path)
+    lora_utils.remove_lora(fresh)
+    lora_utils.load_adapter(fresh, tmp_path)
+    x = torch.randn(2, 20)
+    assert fresh(x).equal(model(x))
+    with lora_utils.lora_disabled(fresh):
+        off = fresh(x)
+    lora_utils.remove_lora(model)
+    assert off.equal(model(x))
+
+
+# The sweep
+
+
+@pytest.mark.parametrize("start", sweep_four_bits.STARTS)
+def test_starts_of_the_factors(start):
+    exact = torch.randn(12, 20)
+    model = nn.Sequential(nn.Linear(20, 12))
+    model[0].weight.data = base = rounded(exact, torch.tensor([-0.5, 0, 0.5]))
+    base = base.clone()
+    lora_utils.add_lora(model, 3, alpha=6, targets=["0"])
+    TAUGHT["start_factors"](model[0], exact, start)
+    whole, layer = model[0].merged(model[0].base.weight).detach(), model[0]
+    tail = torch.linalg.svdvals(exact - base)[3:].norm()
+    if start == "LoftQ":
+        assert layer.base.weight.equal(base)
+        assert torch.allclose((exact - whole).norm(), tail)
+    else:
+        assert torch.allclose(whole, base, atol=1e-5) and not layer.base.weight.equal(base)
+    best = torch.linalg.svdvals(exact - base)[:3].sum().sqrt()
+    for size in (layer.lora_B.norm(), (layer.lora_A * layer.scaling).norm()):
+        assert 0.7 < size / best < 1.4
+
+
+def test_the_sweep_holds_what_its_script_says():
+    stored = json.loads(sweep_four_bits.RESULT_FILE.read_text(encoding="utf-8"))
+    assert list(stored["before"]) == list(sweep_four_bits.BASES)
+    names = [", ".join(method) for method in sweep_four_bits.METHODS]
+    for part in ("validation", "test", "Austen"):
+        assert list(stored[part]) == names
+    for name in names:
+        rates = {float(rate): bits for rate, bits in stored["validation"][name].items()}
+        best = min(rates, key=rates.get)
+        assert min(rates) < best < max(rates), "the best rate lies inside the range"
+        for part in ("test", "Austen"):
+            assert len(stored[part][name]) == len(sweep_four_bits.RESULT)
+    assert stored["made"]["seeds"] == list(sweep_four_bits.RESULT)

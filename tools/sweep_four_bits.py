@@ -1,0 +1,147 @@
+"""What do four, three and two bits cost? The trainings whose results notebook 8 shows.
+
+python tools/sweep_four_bits.py    writes data/four_bits.json; about 10 CPU minutes
+
+Each training adapts the small language model to the Bible with LoRA of rank 4 on its seven kinds
+of layer, whose weights were rounded first. Seed CHOICE is measured on validation text alone, and
+chooses each method's learning rate. The seeds RESULT took no part in the choice. They are measured
+on the Bible's test text, and on Austen. The file is written after each training.
+"""
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT), str(ROOT / "tools")]
+from lora_utils import (  # noqa: E402
+    ATTENTION,
+    DATA,
+    MLP,
+    add_lora,
+    bits_per_byte,
+    load_language_model,
+    load_text,
+    lora_layers,
+    train_language_model,
+)
+from sweep_language_model import best_rate  # noqa: E402
+
+RESULT_FILE = DATA / "four_bits.json"
+STEPS, RANK, CHOICE, RESULT = 120, 4, 0, (100, 101, 102, 103, 104)
+BASES = ("32 bits", "4 bits", "3 bits", "2 bits")
+# At 2 bits, also with other starts of the factors than A random and B zero.
+STARTS = ("LoftQ", "LoftQ, subtracted", "random, subtracted")
+METHODS = [(base, "zero") for base in BASES] + [("2 bits", start) for start in STARTS]
+
+
+def taught(*cells: str) -> dict:
+    """Return the names that these cells of notebook 8 define: what it teaches is used here."""
+    notebook = json.loads((ROOT / "notebooks" / "08_four_bits.ipynb").read_text(encoding="utf-8"))
+    names: dict = {}
+    for cell in notebook["cells"]:
+        if cell["id"] in cells:
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    return names
+
+
+NEEDED = "imports imports-lora imports-language normal-float quantize error-density lloyd checksum"
+NOTEBOOK = taught(*NEEDED.split(), "round-layers", "start-factors")
+CODES = {"4 bits": NOTEBOOK["normal_float"](4)}
+CODES |= {f"{n} bits": NOTEBOOK["lloyd_max"](NOTEBOOK["normal_float"](n)) for n in (3, 2)}
+
+
+def load(base: str):
+    """Return the language model with the seven layers' weights rounded, and its tokenizer."""
+    model, tokenizer = load_language_model("language_model", torch.device("cpu"))
+    if base in CODES:
+        NOTEBOOK["round_layers"](model, CODES[base])
+    return model, tokenizer
+
+
+def adapt(base: str, start: str, text: str, rate: float, seed: int):
+    """Return the rounded model with LoRA trained on the text, and its tokenizer."""
+    model, tokenizer = load(base)
+    torch.manual_seed(seed)
+    add_lora(model, RANK, alpha=RANK, targets=ATTENTION + MLP)
+    if start != "zero":
+        exact, _ = load("32 bits")
+        for name, layer in lora_layers(model).items():
+            NOTEBOOK["start_factors"](layer, exact.get_submodule(name).weight, start)
+    train_language_model(model, tokenizer, text, STEPS, rate, seed)
+    return model, tokenizer
+
+
+def reference() -> dict:
+    """Return the checksum of bitsandbytes' results on the language model's weights."""
+    import bitsandbytes
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    def theirs(weight: torch.Tensor) -> tuple:
+        settings = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": False}
+        packed, state = quantize_4bit(weight, **settings)
+        return packed.flatten(), state.absmax, dequantize_4bit(packed, state)
+
+    model, _ = load("32 bits")
+    weights = [
+        module.weight.detach()
+        for name, module in model.named_modules()
+        if name.split(".")[-1] in ATTENTION + MLP
+    ]
+    checksum = NOTEBOOK["checksum"](theirs, weights)
+    return {"version": bitsandbytes.__version__, "checksum": checksum}
+
+
+def write(found: dict) -> None:
+    """Write what was found so far, one line a method: a file whose changes can be read."""
+    made = {
+        "command": "python tools/sweep_four_bits.py",
+        "numbers": "bits per byte; those of 'test' and 'Austen' at the rate best on validation",
+        "seeds": RESULT,
+        "torch": torch.__version__,
+        "CPU seconds": round(time.process_time()),
+    }
+    parts = []
+    for part, rows in ({"made": made} | found).items():
+        lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
+        parts.append(f'"{part}": {{\n' + ",\n".join(lines) + "\n}")
+    text = "{" + ",\n".join(parts) + "}\n"
+    RESULT_FILE.write_text(text, encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # sums in one order
+    training, validation, test = load_text("kjv")
+    _, _, austen = load_text("austen_prideandprejudice")
+    texts = {"test": test, "Austen": austen}
+    found: dict = {"bitsandbytes": reference(), "before": {}, "validation": {}}
+    found |= {part: {} for part in texts}
+    for base in BASES:
+        bits = {part: bits_per_byte(*load(base), text) for part, text in texts.items()}
+        found["before"][base] = {part: round(b, 4) for part, b in bits.items()}
+
+    def measure(method: tuple[str, str], rate: float) -> float:
+        adapted = adapt(*method, training, rate, CHOICE)
+        bits = round(bits_per_byte(*adapted, validation), 4)
+        found["validation"].setdefault(", ".join(method), {})[f"{rate:g}"] = bits
+        write(found)
+        return bits
+
+    for method in METHODS:
+        name = ", ".join(method)
+        rate = best_rate(partial(measure, method), (1e-2, 2e-2, 4e-2))
+        for seed in RESULT:
+            adapted = adapt(*method, training, rate, seed)
+            for part, text in texts.items():
+                bits = round(bits_per_byte(*adapted, text), 4)
+                found[part].setdefault(name, []).append(bits)
+            write(found)
+        print(name, rate, found["test"][name], found["Austen"][name], flush=True)
+
+
+if __name__ == "__main__":
+    main()
