@@ -65,19 +65,25 @@ def prepare() -> None:
 
 
 def contents() -> str:
-    """Markdown for the first page: the parts of the README's table with their notebooks."""
-    parts: dict[str, list[tuple[str, str]]] = {}
+    """Markdown for the first page: all notebooks, in the parts that the README's table has.
+
+    A notebook that the table lacks stands at the end of the part before it.
+    """
+    part_of, question_of, part = {}, {}, "The notebooks"
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
         if found := PART.match(line):
-            parts[found[1]] = []
-        elif (found := ENTRY.match(line)) and (NOTEBOOKS / f"{found[1]}.ipynb").is_file():
-            parts[list(parts)[-1]].append(found.groups())
+            part = found[1]
+        elif found := ENTRY.match(line):
+            part_of[found[1]], question_of[found[1]] = part, found[2]
+    parts: dict[str, list[str]] = {}
+    for name in sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")):
+        part = part_of.get(name) or next(reversed(parts), part)
+        parts.setdefault(part, []).append(name)
     text = ""
-    for part, entries in parts.items():
-        tree = "\n".join(name for name, _ in entries)
-        text += f"\n```{{toctree}}\n:hidden:\n:caption: {part}\n\n{tree}\n```\n"
-        text += f"\n**{part}**\n\n"
-        text += "".join(f"- {{doc}}`{name}`  \n  {question}\n" for name, question in entries)
+    for part, names in parts.items():
+        tree = "\n".join(names)
+        text += f"\n```{{toctree}}\n:hidden:\n:caption: {part}\n\n{tree}\n```\n\n**{part}**\n\n"
+        text += "".join(f"- {{doc}}`{n}`  \n  {question_of.get(n, '')}\n" for n in names)
     return text
 
 
