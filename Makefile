@@ -51,12 +51,13 @@ clean:  ## remove build/, caches and unpacked data; .venv and .venv-site stay
 	find . -path './.venv*' -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The set-up: once, and again when requirements.txt changes. A failed step leaves no `ready`.
-# uv takes a third of pip's time. It does not read pip's configuration, so pip has a try, too.
+# uv takes a third of pip's time. It does not read pip's configuration, so pip has a try, too. Both
+# compile the packages: where Python may not keep what it compiles, each start costs seconds more.
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + v + ". Try: make PYTHON=/path/to/a/newer/python3 ...")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install uv
-	$(PY) -m uv pip install --python $(PY) -r requirements.txt || \
+	$(PY) -m uv pip install --compile-bytecode --python $(PY) -r requirements.txt || \
 		{ echo "uv failed, see above. Now the same with pip:"; $(PY) -m pip install -r requirements.txt; }
 	touch $@
 
