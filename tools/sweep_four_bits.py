@@ -1,6 +1,6 @@
 """What do four, three and two bits cost? The trainings whose results notebook 8 shows.
 
-python tools/sweep_four_bits.py    writes data/four_bits.json; about 10 CPU minutes
+python tools/sweep_four_bits.py    writes data/four_bits.json; about 17 CPU minutes
 
 Each training adapts the small language model to the Bible with LoRA of rank 4 on its seven kinds
 of layer, whose weights were rounded first. Seed CHOICE is measured on validation text alone, and
@@ -32,7 +32,7 @@ from lora_utils import (  # noqa: E402
 from sweep_language_model import best_rate  # noqa: E402
 
 RESULT_FILE = DATA / "four_bits.json"
-STEPS, RANK, CHOICE, RESULT = 120, 4, 0, (100, 101, 102, 103, 104)
+STEPS, RANK, CHOICE, RESULT = 120, 4, 0, tuple(range(100, 110))
 BASES = ("32 bits", "4 bits", "3 bits", "2 bits")
 # At 2 bits, also with other starts of the factors than A random and B zero.
 STARTS = ("LoftQ", "LoftQ, subtracted", "random, subtracted")
