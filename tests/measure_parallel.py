@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -89,19 +90,21 @@ def main() -> None:
         for mbit in (1000, 100):
             measure(f"{kind} at {mbit}", full=full, speed=mbit * 1e6, steps=3)
 
-    wrong = {"full": True, "wrap": wrap_too_early}  # full: the worker itself adds no LoRA
-    for order, options in {"right": {}, "wrong": wrong}.items():
+    def drift(order: str, **options) -> None:
         before = []  # the factors before each step
-        measure(order, lambda model: before.append(lora_state_dict(model)), steps=20, **options)  # noqa: B023
+        measure(order, lambda model: before.append(lora_state_dict(model)), steps=20, **options)
         factors = {name: torch.stack([state[name] for state in before]) for name in before[0]}
         save_file(factors, folder / f"{order}{me}.safetensors")
+
+    drift("right")
+    drift("wrong", wrap=wrap_too_early, full=True)  # full: the worker itself adds no LoRA
     (folder / f"process{me}.json").write_text(json.dumps(reports))
 
-    left = iter(range(12, -1, -1))  # process 1 dies before its 13th step
+    steps = count(1)
 
     def die(model: nn.Module) -> None:
-        if next(left) == 0 and me == 1:
-            os.kill(os.getpid(), 9)  # at once and without a word, as when the power fails
+        if next(steps) == 13 and me == 1:
+            os.kill(os.getpid(), 9)  # at once and without a word
 
     watch(folder, die, save_every=5, seed=seed)
 
