@@ -2,15 +2,13 @@
 
     torchrun --standalone --nproc-per-node=2 train_parallel.py FOLDER
 
-FOLDER holds base.safetensors, the network, and digits.safetensors, what it is to learn. The job
-leaves there a checkpoint, the adapter, and a report of each process. All processes read FOLDER:
-for several machines it lies on a disk that they share.
+FOLDER, which all processes read, holds base.safetensors and digits.safetensors. The job leaves
+there a checkpoint, the adapter, and a report of each process.
 """
 
 import argparse
 import json
 import os
-import time
 import zlib
 from pathlib import Path
 
@@ -18,17 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Adam
 
 from lora_utils import RichBoyNet, add_lora, load_lora_state_dict, save_adapter
 
@@ -49,17 +40,13 @@ def train(
     if not full:
         add_lora(model, **LORA)
     parallel = distribute(model, fsdp, device)  # after add_lora, never before
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = Adam(trained, lr=2e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     job = {"full": full, "seed": seed}  # what a checkpoint must have been made for
     done = resume(parallel, optimizer, folder, job)
-    if done and me == 0:
-        print(f"going on after step {done} of {steps}")
     digits = load_file(folder / "digits.safetensors", device=str(device))
-    order = torch.randperm(len(digits["labels"]) // BATCH * BATCH)  # whole batches, so equal shares
-    losses, seconds = [], []
+    order = torch.randperm(len(digits["labels"]) // BATCH * BATCH)  # whole batches, equal shares
+    losses = []
     for step in range(done, steps):
-        start = time.perf_counter()
         batch = order[step * BATCH % len(order) :][:BATCH]  # each epoch in the same order
         share = batch[me::processes].to(device)
         loss = F.cross_entropy(parallel(digits["images"][share]), digits["labels"][share])
@@ -67,42 +54,40 @@ def train(
         loss.backward()  # and average the gradients over the processes
         optimizer.step()
         losses.append(loss.item())
-        seconds.append(time.perf_counter() - start)
         if (step + 1) % save_every == 0:
             save(parallel, optimizer, step + 1, folder, job)
     held = [p.to_local() if fsdp else p for p in model.parameters()]  # its share, or all of it
     numbers = torch.cat([tensor.detach().flatten().cpu() for tensor in held])
-    report = {"held": len(numbers), "checksum": zlib.crc32(numbers.numpy())}
-    return report | {"losses": losses, "seconds": seconds}
+    return {"losses": losses, "held": len(numbers), "checksum": zlib.crc32(numbers.numpy())}
 
 
-def distribute(model: nn.Module, fsdp: bool, device: torch.device) -> nn.Module:
+def distribute(model: torch.nn.Module, fsdp: bool, device: torch.device) -> torch.nn.Module:
     """Return the model, wrapped so that all processes train it together."""
     if not fsdp:
         return DistributedDataParallel(model.to(device))  # each process holds a replica
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))  # all processes, in one row
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))  # all processes, in one row
     for layer in model.children():
         fully_shard(layer, mesh=mesh)  # each holds a share on its device, and borrows the others
     return fully_shard(model, mesh=mesh)
 
 
-def save(parallel: nn.Module, optimizer: Adam, step: int, folder: Path, job: dict) -> None:
-    """Save the checkpoint and the adapter. All processes call it, for each may hold a share."""
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights, state = get_state_dict(parallel, optimizer, options=whole)
-    if dist.get_rank() != 0:  # one process writes
-        return
-    saved = {"step": step, "job": job, "weights": weights, "optimizer": state}
-    torch.save(saved, folder / "checkpoint.new")
-    os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")  # the old one or the new one
-    if not job["full"]:
-        plain = RichBoyNet()  # without wrapper and shares
-        add_lora(plain, **LORA)
-        load_lora_state_dict(plain, weights)
-        save_adapter(plain, folder / "adapter")
+def save(parallel, optimizer, step: int, folder: Path, job: dict) -> None:
+    """Save checkpoint and adapter. All processes call it, for each may hold a share; one writes."""
+    whole = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": True}
+    options = states.StateDictOptions(**whole)
+    weights, state = states.get_state_dict(parallel, optimizer, options=options)
+    if dist.get_rank() == 0:
+        saved = {"step": step, "job": job, "weights": weights, "optimizer": state}
+        torch.save(saved, folder / "checkpoint.new")
+        os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")  # the old or the new one
+        if not job["full"]:
+            plain = RichBoyNet()  # without wrapper and shares
+            add_lora(plain, **LORA)
+            load_lora_state_dict(plain, weights)
+            save_adapter(plain, folder / "adapter")
 
 
-def resume(parallel: nn.Module, optimizer: Adam, folder: Path, job: dict) -> int:
+def resume(parallel, optimizer, folder: Path, job: dict) -> int:
     """Load the checkpoint, if there is one, and return how many steps are done."""
     if not (folder / "checkpoint.pt").exists():
         return 0
@@ -110,8 +95,9 @@ def resume(parallel: nn.Module, optimizer: Adam, folder: Path, job: dict) -> int
     if saved["job"] != job:
         raise ValueError(f"the checkpoint in {folder} was made for {saved['job']}, not for {job}")
     parts = {"model_state_dict": saved["weights"], "optim_state_dict": saved["optimizer"]}
-    options = StateDictOptions(full_state_dict=True, strict=False)  # it has no frozen weights
-    set_state_dict(parallel, optimizer, **parts, options=options)
+    options = states.StateDictOptions(full_state_dict=True, strict=False)  # no frozen weights
+    states.set_state_dict(parallel, optimizer, **parts, options=options)
+    print(f"going on after step {saved['step']}")
     return saved["step"]
 
 
@@ -122,17 +108,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--full", action="store_true", help="train all weights, without LoRA")
     parser.add_argument("--fsdp", action="store_true", help="shard the weights, the frozen too")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--save-every", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    for option, default in {"--steps": 20, "--save-every": 10, "--seed": 0}.items():
+        parser.add_argument(option, type=int, default=default)
     options = parser.parse_args()
-    on_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])  # one for each
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpus else torch.device("cpu")
-    if on_gpus:
+    device = torch.device("cpu")
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):  # a GPU for each process
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpus else "gloo")
-    if dist.get_rank() == 0:
-        print(f"{dist.get_world_size()} processes, on {device.type}")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    print(f"process {dist.get_rank()} of {dist.get_world_size()}, on {device}")
     report = train(device=device, **vars(options))
     (options.folder / f"process{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.destroy_process_group()

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import lora_utils as lora
 import train_parallel as worker
@@ -25,7 +26,8 @@ CPU = torch.device("cpu")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LONG = 240  # seconds; a job that hangs would take half an hour
 ROOT = NOTEBOOKS.parent
-ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+ENV = os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
 
 
 def launch(folder, *command, timeout=LONG):
@@ -53,7 +55,7 @@ def start(tmp_path_factory):
     """A base and digits. The answers do not depend on what they show, so they are noise."""
     folder = tmp_path_factory.mktemp("start")
     torch.manual_seed(1)
-    digits = {"images": torch.randn(256, 28, 28), "labels": torch.randint(10, (256,))}
+    digits = {"images": torch.randn(280, 28, 28), "labels": torch.randint(10, (280,))}
     save_file(lora.RichBoyNet().state_dict(), folder / "base.safetensors")
     save_file(digits, folder / "digits.safetensors")
     return folder
@@ -84,32 +86,28 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 import lora_utils as lora
 import train_parallel as worker
+from measure_parallel import Spy
 
 start, one, out = map(Path, sys.argv[1:])
 dist.init_process_group("gloo")
 me, found, cpu = dist.get_rank(), {}, torch.device("cpu")
 distribute, load_file = worker.distribute, worker.load_file
 
-class Spy(TorchDispatchMode):  # the bytes of each operation between processes
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation.namespace == "c10d":
-            tensors = [t for a in args for t in (a if isinstance(a, list) else [a])]
-            sizes = [t.nbytes for t in tensors if isinstance(t, torch.Tensor)]
-            seen.setdefault(operation.overloadpacket.__name__, []).append(max(sizes, default=0))
-        return operation(*args, **(kwargs or {}))
+writes, torch_save = [], torch.save
+def noted_save(saved, path):
+    writes.append(str(path))
+    torch_save(saved, path)
+torch.save = noted_save
 
 def attempt(name, begin=start, **options):
-    global seen
-    seen = {}
     if me == 0:
         shutil.copytree(begin, out / name)
     dist.barrier()
     options = {"steps": 6, "save_every": 3} | options
-    with Spy():
-        found[name] = worker.train(out / name, cpu, **options) | {"seen": seen}
+    with Spy() as spy:
+        found[name] = worker.train(out / name, cpu, **options) | {"seen": spy.seen}
 
 def error_of(function, *arguments, **options):
     try:
@@ -117,20 +115,21 @@ def error_of(function, *arguments, **options):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
-hooked = []
+hooked, examples = [], []
 def with_hook(model, fsdp, device):  # DDP's own way to see what it averages
     def hook(group, bucket):
         hooked.append(bucket.buffer().nbytes)
         return allreduce_hook(group, bucket)
     parallel = distribute(model, fsdp, device)
     parallel.register_comm_hook(None, hook)
+    parallel.register_forward_pre_hook(lambda _, inputs: examples.append(len(inputs[0])))
     return parallel
 
 for name, full in {"full": True, "lora": False}.items():
     worker.distribute = with_hook
-    hooked.clear()
+    hooked.clear(), examples.clear()
     attempt(name, full=full)
-    found[name]["hooked"] = sum(hooked)
+    found[name] |= {"hooked": sum(hooked), "examples": list(examples)}
     worker.distribute = distribute
     attempt(f"{name} fsdp", full=full, fsdp=True)
     attempt(f"{name} resumed", one / f"{name}3", full=full)
@@ -182,6 +181,7 @@ def two_steps(**options):  # without fc1, whose factors exist and are trained
 
 found["unused, found"] = error_of(two_steps, find_unused_parameters=True)
 found["unused"] = error_of(two_steps)
+found["writes"] = len(writes)
 (out / f"{me}.json").write_text(json.dumps(found))
 dist.destroy_process_group()
 """
@@ -223,6 +223,37 @@ def test_many_processes_compute_what_one_does(many, one, kind):
         assert close(losses(many, resumed), expected["losses"][3:])
         assert same_weights(many, resumed, expected["weights"])
     assert len({process[kind]["checksum"] for process in many.found}) == 1
+
+
+def test_one_process_computes_what_a_plain_loop_does(start, one):
+    """Nothing of the script here but its settings: two epochs of the whole batches, in order."""
+    for full, expected in ((True, one.full), (False, one.lora)):
+        torch.manual_seed(0)
+        model = lora.RichBoyNet()
+        model.load_state_dict(load_file(start / "base.safetensors"))
+        if not full:
+            lora.add_lora(model, **worker.LORA)
+        digits = load_file(start / "digits.safetensors")
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+        losses = []
+        for batch in torch.randperm(256).view(4, 64)[[0, 1, 2, 3, 0, 1]]:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(digits["images"][batch]), digits["labels"][batch])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert close(expected["losses"], losses)
+        names = lora.lora_state_dict(model) if not full else model.state_dict()
+        assert names.keys() == expected["weights"].keys()
+        assert all(close(expected["weights"][name], names[name]) for name in names)
+
+
+def test_each_takes_its_share_and_one_writes(many):
+    for process in many.found:
+        for kind in ("full", "lora"):
+            assert process[kind]["examples"] == 6 * [worker.BATCH // many.count]
+    first, *others = (process["writes"] for process in many.found)
+    assert first > 0 and not any(others)
 
 
 def test_the_adapter_is_that_of_the_last_checkpoint(many, one):
@@ -303,20 +334,30 @@ def test_errors_say_what_is_wrong(many):
 # When something ends in the middle
 
 
-def test_after_a_sudden_death_the_others_end_and_the_last_checkpoint_is_whole(start, tmp_path):
+DYING = """
+import os, torch, train_parallel
+save = torch.save
+def save_half(saved, path):
+    save(saved, path)
+    if saved["step"] == 4:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), 9)
+torch.save = save_half
+train_parallel.main()
+"""
+
+
+def test_a_death_in_the_middle_of_a_save_ends_all_and_leaves_the_last_checkpoint(start, tmp_path):
+    """(In notebook 9 another process dies, in the middle of a step.)"""
     folder = tmp_path / "run"
     shutil.copytree(start, folder)
-    text = (ROOT / "train_parallel.py").read_text(encoding="utf-8")
-    step = "        losses.append(loss.item())\n"
-    assert text.count(step) == 1
-    death = "        if me == 1 and step == 4:\n            os.kill(os.getpid(), 9)\n"
-    (folder / "dying.py").write_text(text.replace(step, step + death), encoding="utf-8")
+    (folder / "dying.py").write_text(DYING)
     script = [folder / "dying.py", folder, "--save-every=2", "--steps=1000000"]
     status, printed = launch(folder, "--standalone", "--nproc-per-node=2", *script)
-    assert status != 0 and "rank      : 1 " in printed.partition("Root Cause")[2], printed
+    assert status != 0 and "rank      : 0 " in printed.partition("Root Cause")[2], printed
     saved, model = torch.load(folder / "checkpoint.pt"), lora.RichBoyNet()
     lora.load_adapter(model, folder / "adapter")
-    assert saved["step"] == 4 and not list(folder.glob("process*.json"))
+    assert saved["step"] == 2 and not list(folder.glob("process*.json"))
     assert lora.same_tensors(lora.lora_state_dict(model), saved["weights"])
 
 
@@ -359,7 +400,8 @@ def test_the_notebooks_launcher_leaves_nothing_behind_when_the_time_is_up(tmp_pa
     [cell] = [cell for cell in notebook["cells"] if cell["id"] == "launch"]
     names = {"Path": type(ROOT), "lora_utils": lora, "sys": sys, "os": os, "folder": tmp_path}
     names["subprocess"] = subprocess
-    exec("".join(cell["source"]), names)
+    function, _, _ = "".join(cell["source"]).partition("\nstatus, printed = launch(")
+    exec(function, names)
     started = tmp_path / "started"
     (tmp_path / "sleep.py").write_text(
         f"import time\nopen({str(started)!r}, 'w')\ntime.sleep(1000)\n"
@@ -414,9 +456,8 @@ wait $!
 NODE = """
 import json, os
 from pathlib import Path
-import torch
 import torch.distributed as dist
-import train_parallel as worker
+from measure_parallel import watch
 
 def sent():  # bytes, by this machine's network device
     lines = [line.split() for line in open("/proc/net/dev") if "veth" in line]
@@ -426,7 +467,7 @@ out, found = Path(os.environ["OUT"]), {}
 dist.init_process_group("gloo")
 def attempt(name, **options):
     before = sent()
-    report = worker.train(out, torch.device("cpu"), save_every=99, **options)
+    report = watch(out, lambda model: None, save_every=99, **options)
     dist.barrier()
     found[name] = report | {"sent": sent() - before}
 
