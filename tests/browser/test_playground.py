@@ -124,6 +124,7 @@ def test_logits_are_those_of_pytorch_with_the_same_weights(page, stored, folders
     assert largest < 1e-4 and unequal == 0
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_float32(browser, fresh, stored, folders, mnist):
     path, base = fresh
     with open_page(browser, path.as_uri()) as page:
