@@ -78,7 +78,8 @@ function show() {
   }));
   const pays = numbers < size ? `${(size / numbers).toFixed(1)} times fewer than the photograph has`
     : "more than the photograph has: beyond rank 276 factors do not pay";
-  $("says").textContent = `${r} columns of ${ROWS} and ${r} rows of ${COLUMNS}: r(m + n) = ${whole(numbers)} `
+  const many = r === 1 ? "" : "s";
+  $("says").textContent = `${r} column${many} of ${ROWS} and ${r} row${many} of ${COLUMNS}: r(m + n) = ${whole(numbers)} `
     + `numbers, ${pays}. They keep ${percent(1 - predicted ** 2)} of the sum of squares.`;
   drawCurve(r, measured);
 }
