@@ -8,6 +8,9 @@ NAMES ?=
 # One worker per core. The cells of one notebook share a kernel, so they must share a worker.
 NBVAL := -n auto --dist loadscope --nbval --nbval-current-env --nbval-cell-timeout=300
 
+# Some of the site's tests only: make test-site SITE_TESTS='-m "not slow"'
+SITE_TESTS ?=
+
 # The site's packages, in an environment of their own that also sees the first one's.
 SITE_PY := $(subst .venv/,.venv-site/,$(PY))
 SITE_READY := .venv-site/ready
@@ -44,7 +47,7 @@ site: $(SITE_READY)  ## build the site into build/site; nothing is executed
 	$(SITE_PY) tools/pages.py
 
 test-site: $(SITE_READY)  ## build the site and click through it and the playground, in Chromium
-	$(SITE_PY) -m pytest -n 2 --dist loadfile tests/browser
+	$(SITE_PY) -m pytest -n 2 --dist loadfile $(SITE_TESTS) tests/browser
 
 clean:  ## remove build/, caches and unpacked data; .venv and .venv-site stay
 	rm -rf build .pytest_cache .ruff_cache data/MNIST/raw/*-ubyte data/MNIST.lock notebooks/playground.html

@@ -8,6 +8,7 @@ import base64
 import copy
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -59,10 +60,17 @@ def show_playground(path: str | Path, height: int = 1000) -> HTML:
 
 def page(stored: bytes) -> str:
     """Return the page that holds what `pack` returned."""
-    text = (SOURCES / "page.html").read_text(encoding="utf-8")
-    for name in ("page.css", "network.js", "page.js"):
-        text = text.replace(f"/* {name} */", (SOURCES / name).read_text(encoding="utf-8"))
-    return text.replace("<!-- stored -->", base64.b64encode(stored).decode())
+    return inline("page.html").replace("<!-- stored -->", base64.b64encode(stored).decode())
+
+
+def inline(name: str) -> str:
+    """Return a page of this folder with the files in it that it names: /* page.css */."""
+
+    def content(found: re.Match) -> str:
+        return (SOURCES / found[1]).read_text(encoding="utf-8")
+
+    text = (SOURCES / name).read_text(encoding="utf-8")
+    return re.sub(r"/\* (\w+\.(?:css|js)) \*/", content, text)
 
 
 def pack(

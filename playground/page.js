@@ -224,7 +224,7 @@ function turnAll(strengths, last) {
 }
 $("off").addEventListener("click", () => turnAll({}, turned?.name));
 
-/** Take an adapter's files: the weights and, unless the weights say it too, the settings. */
+/** Take an adapter's files: the weights and, unless the weights say it too or α is guessed, the settings. */
 async function take(files) {
   try {
     const [weights, ...more] = files.filter(({ name }) => name.endsWith(".safetensors"));
@@ -233,19 +233,38 @@ async function take(files) {
     const { metadata, tensors } = readSafetensors(await weights.arrayBuffer());
     const inside = metadata["adapter_config.json"];
     const beside = await files.find(({ name }) => name.endsWith(".json"))?.text();
-    const [config, saved] = [beside ?? inside, inside ?? beside].map(settings);
-    if (!config) throw new Error("PEFT’s file does not say its α: drop adapter_config.json with it");
+    const bare = !beside && !inside;
+    const [config, saved] = bare ? Array(2).fill(assumed(tensors)) : [beside ?? inside, inside ?? beside].map(settings);
     if (config.r !== saved.r || config.lora_alpha !== saved.lora_alpha)
       throw new Error("adapter_config.json is not the one saved with these numbers");
     const adapter = readAdapter(tensors, config, base);
     const own = knobs.filter(({ name }) => name.startsWith("yours")).length;
     const knob = addKnob(own ? `yours ${own + 1}` : "yours", adapter);
     turn(knob, 1);
+    if (bare) askForAlpha(knob);
     tell(`“${knob.name}” is a knob now, at 1: rank ${adapter.rank}, α = ${adapter.alpha}, `
-      + `on ${Object.keys(adapter.layers).join(", ")}.`);
+      + `on ${Object.keys(adapter.layers).join(", ")}.`
+      + (bare ? " PEFT’s file does not say its α. It is assumed to be the rank: put the right one"
+        + " beside the knob, or drop adapter_config.json, too." : ""));
   } catch (error) {
     tell(`Not taken, nothing has changed: ${error.message}.`, true);
   }
+}
+/** The settings of PEFT's weights without adapter_config.json: the rank shows, α = r is a guess. */
+function assumed(tensors) {
+  const rank = Object.entries(tensors).find(([name]) => name.includes("lora_A"))?.[1].shape[0];
+  if (!rank) throw new Error("there is no adapter in it");
+  return { peft_type: "LORA", r: rank, lora_alpha: rank };
+}
+/** A field for the α that a file does not say. A wrong α only stretches the knob's scale. */
+function askForAlpha({ name, adapter, row }) {
+  const input = element("input", { type: "number", min: 0.01, step: "any", value: adapter.alpha });
+  input.addEventListener("input", () => {
+    if (!(Number(input.value) > 0)) return;
+    adapter.alpha = Number(input.value);
+    update();
+  });
+  row.append(element("label", { class: "alpha" }, `α of ${name}`, input));
 }
 function settings(text) {
   try {
@@ -384,18 +403,6 @@ for (const item of document.querySelectorAll("[data-example]")) {
 }
 for (const item of document.querySelectorAll(".try li:not([data-example])"))
   item.replaceChildren(element("span", {}, ...item.childNodes));
-
-/** Light or dark: as the site around the page, or as the system. */
-function setTheme() {
-  let theme = null;
-  try {
-    theme = localStorage.getItem("theme");
-  } catch { /* a frame in a notebook has no storage */ }
-  const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  document.documentElement.dataset.theme = dark ? "dark" : "light";
-}
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", setTheme);
-setTheme();
 
 for (const [name, config] of Object.entries(JSON.parse(file.metadata.adapters)))
   addKnob(name, readAdapter(group(file.tensors, name), config, base));

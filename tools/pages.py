@@ -15,13 +15,17 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
+import safetensors.numpy
+from matplotlib.cbook import get_sample_data
 
 import stamp
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
-from playground import page  # noqa: E402
+from playground import inline, page  # noqa: E402
 
 NOTEBOOKS, DOCS = ROOT / "notebooks", ROOT / "docs"
 SOURCE = ROOT / "build" / "site-source"
@@ -57,11 +61,46 @@ def prepare() -> None:
     extra.mkdir()
     for_the_site = page(STORED.read_bytes()).replace('id="home" hidden', 'id="home"')
     stamp.write(extra / "playground.html", for_the_site)
+    write_tools(extra)
     for file in metadata.files("sphinx-mathjax-offline"):  # of 24 MB the pages need 2
         path = str(file).partition("static/")[2]
         if path == "mathjax/tex-chtml.js" or path.startswith("mathjax/output/chtml/fonts/woff-v2"):
             (SOURCE / "_static" / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file.locate(), SOURCE / "_static" / path)
+
+
+def write_tools(folder: Path) -> None:
+    """Write the two pages beside the playground: the memory calculator and the rank slider."""
+    stamp.write(folder / "memory.html", inline("memory.html"))
+    terms = base64.b64encode(safetensors.numpy.save(svd_terms(photograph()))).decode()
+    stamp.write(folder / "rank.html", inline("rank.html").replace("<!-- stored -->", terms))
+
+
+def photograph() -> np.ndarray:
+    """Return the photograph of notebook 1: 600 × 512 whole steps of grey, from 0 to 255."""
+    with get_sample_data("grace_hopper.jpg") as file:
+        return plt.imread(file, format="jpg").mean(axis=2).round().astype(np.uint8)
+
+
+def svd_terms(photo: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the terms of a photograph's SVD, rounded, each a column and a row with their scales.
+
+    The first 64 terms, which are large, have 16 bits a number, the others 8. √σ goes into both.
+    """
+    U, S, Vh = np.linalg.svd(photo.astype(float), full_matrices=False)
+    sides = [(U * np.sqrt(S)).T, Vh * np.sqrt(S)[:, None]]  # a term in each row
+    steps = np.where(np.arange(len(S)) < 64, 32767, 127)
+    scales = [np.abs(side).max(axis=1) / steps for side in sides]
+    rounded = np.hstack(
+        [(side / s[:, None]).round() for side, s in zip(sides, scales, strict=True)]
+    )
+    return {
+        "photo": photo,
+        "sigma": S.astype(np.float32),
+        "scales": np.stack(scales, axis=1).astype(np.float32),
+        "fine": rounded[:64].astype(np.int16),
+        "coarse": rounded[64:].astype(np.int8),
+    }
 
 
 def contents() -> str:

@@ -18,6 +18,10 @@ WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: `make test-site` runs it, .ci/run does not")
+
+
 @pytest.fixture(scope="session")
 def browser():
     """The system's Chromium or, without one, Playwright's own."""

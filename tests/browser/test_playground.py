@@ -124,6 +124,7 @@ def test_logits_are_those_of_pytorch_with_the_same_weights(page, stored, folders
     assert largest < 1e-4 and unequal == 0
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_float32(browser, fresh, stored, folders, mnist):
     path, base = fresh
     with open_page(browser, path.as_uri()) as page:
@@ -191,6 +192,34 @@ def test_takes_our_file_and_pefts_two(page, tmp_path, folders):
     assert results[0] == results[1]
 
 
+def bare(content):
+    """The numbers of a file without its metadata, as PEFT writes them."""
+    return safetensors.torch.save(safetensors.torch.load(content))
+
+
+def test_takes_weights_alone_and_asks_for_alpha(page, tmp_path, folders):
+    """PEFT's weights do not say α. With the right one the answers are those of both files."""
+    weights = bare((folders["mirrored"] / WEIGHTS_FILE).read_bytes())
+    alpha = json.loads((folders["mirrored"] / CONFIG_FILE).read_text())["lora_alpha"]
+    page.evaluate("turnAll({}); arrive('mirrored')")
+    page.evaluate("turnAll({mirrored: 1})")
+    read(page, "lora")
+    expected = page.locator("#bars").inner_text()
+    page.evaluate("turnAll({})")
+    said = drop(page, (WEIGHTS_FILE, weights))
+    assert "rank 2, α = 2, on fc1, fc2" in said and "does not say its α" in said
+    read(page, "lora")
+    assert page.locator("#bars").inner_text() != expected
+    page.get_by_label("α of yours").fill(str(alpha))
+    read(page, "lora")
+    assert page.locator("#bars").inner_text() == expected
+    for wrong in ("", "-1", "0"):  # half-typed numbers change nothing
+        page.get_by_label("α of yours").fill(wrong)
+        read(page, "lora")
+        assert page.locator("#bars").inner_text() == expected
+    assert violations(page) == []
+
+
 def test_takes_a_chosen_file(page, tmp_path):
     adapter_file(tmp_path)
     page.set_input_files("#file", tmp_path / WEIGHTS_FILE)
@@ -211,6 +240,7 @@ def bad_files(folder, mirrored):
     settings = {CONFIG_FILE: (folder / CONFIG_FILE).read_text()}
     broken["base_model.model.fc1.lora_B.weight"][5, 1] = torch.nan
     other = {name.replace("fc1", "fc9"): tensor for name, tensor in broken.items()}
+    dora = {"base_model.model.fc1.lora_magnitude_vector": torch.ones(1000)}
 
     def with_config(**changes):
         return (WEIGHTS_FILE, weights), (CONFIG_FILE, json.dumps(config | changes).encode())
@@ -232,8 +262,19 @@ def bad_files(folder, mirrored):
         "other layers": (one(safetensors.torch.save(other, settings)), "no place for"),
         "one factor": (one(safetensors.torch.save(half, settings)), "one of the two factors"),
         "not a number": (one(safetensors.torch.save(broken, settings)), "NaN"),
-        "no settings": (one(weights), "does not say its α"),
         "a base": (one(safetensors.torch.save({"fc1.weight": number}, settings)), "no place"),
+        "a base without settings": (
+            one(safetensors.torch.save({"fc1.weight": number})),
+            "no adapter",
+        ),
+        "another network without settings": (
+            one(bare(adapter_file(folder, hidden=500))),
+            "500 × 3",
+        ),
+        "DoRA without settings": (
+            one(safetensors.torch.save(safetensors.torch.load(good) | dora)),
+            "no place for",
+        ),
         "settings alone": (((CONFIG_FILE, b"{}"),), "one file named"),
         "settings that are not JSON": ((*one(weights), (CONFIG_FILE, b"{")), "is damaged"),
         "other settings": ((*one(good), with_config()[1]), "not the one saved"),
