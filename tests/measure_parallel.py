@@ -88,7 +88,7 @@ def main() -> None:
         measure(f"DDP, {kind}", full=full)
         measure(f"FSDP, {kind}", full=full, fsdp=True)
         for mbit in (1000, 100):
-            measure(f"{kind} at {mbit}", full=full, speed=mbit * 1e6, steps=3)
+            measure(f"{kind} at {mbit}", full=full, speed=mbit * 1e6, steps=3 if full else 9)
 
     def drift(order: str, **options) -> None:
         before = []  # the factors before each step
