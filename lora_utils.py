@@ -537,8 +537,9 @@ def load_mnist(device: torch.device) -> tuple[Digits, Digits, Digits]:
         raise RuntimeError(f"MNIST is damaged or missing ({error}): {advice}") from error
     # 0.1307 and 0.3081 are the mean and the standard deviation of the training pixels.
     train, test = (
-        Digits(
-            (part.data.to(device, torch.float32) / 255 - 0.1307) / 0.3081, part.targets.to(device)
+        Digits(  # each step in place: the training images take 188 MB
+            part.data.to(device, torch.float32).div_(255).sub_(0.1307).div_(0.3081),
+            part.targets.to(device),
         )
         for part in parts
     )
