@@ -1,7 +1,8 @@
 """The playground: one web page that holds RichBoyNet, its adapters and some digits, and runs them.
 
 The page needs no server, no kernel and no other file. What it computes stands in `network.js`,
-what it shows in `page.html`, `page.css` and `page.js`; this module puts them together (notebook 4).
+what it shows in `page.html`, `page.css` and `page.js`, with `theme.js` and `dom.js`, which other
+pages share; this module puts them together (notebook 4).
 """
 
 import base64

@@ -122,13 +122,6 @@ const DENSE = { "all three layers": ["fc1", "fc2", "fc3"], "the last layer, fc3"
 const PARTS = ["weights", "gradients", "optimizer", "activations"];
 const OWN = "Your own numbers";
 
-const $ = (id) => document.getElementById(id);
-function element(name, attributes = {}, ...children) {
-  const node = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  node.append(...children);
-  return node;
-}
 const whole = (number) => number.toLocaleString("en", { maximumFractionDigits: 0 });
 /** Three digits and a decimal unit, as in notebook 6. */
 function unit(bytes) {

@@ -1,21 +1,13 @@
 // What the playground shows: drawing, knobs, bars, the curve. What computes is in network.js.
 "use strict";
 
-const $ = (id) => document.getElementById(id);
-function element(name, attributes = {}, ...children) {
-  const node = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  node.append(...children);
-  return node;
-}
 const percent = (p) => (p > 0.995 ? ">99 %" : p < 0.005 ? "<1 %" : `${Math.round(100 * p)} %`);
 const signed = (number) => number.toFixed(2).replace("-", "−");
 
 // --- What is stored in the page, and what the reader changes ---------------------------------
 
 const LOW = -1, HIGH = 2; // of a knob
-const file = readSafetensors(
-  Uint8Array.from(atob($("stored").textContent), (letter) => letter.charCodeAt(0)).buffer);
+const file = readSafetensors(storedBytes());
 const base = readBase(group(file.tensors, "base"));
 const { images, labels, pixel_order } = group(file.tensors, "digits");
 const orders = arrivals(pixel_order.data);
@@ -333,13 +325,6 @@ async function sweep(x) {
     if (curves.length % 2 === 0) await new Promise((resume) => setTimeout(resume));
   }
   if (curves.length && mine === sweeps) drawCurve(curves, knob, others);
-}
-
-function svg(name, attributes, text = "") {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  node.append(text);
-  return node;
 }
 
 function drawCurve(curves, knob, others) {

@@ -1,9 +1,7 @@
 // A photograph as the sum of the first terms of its SVD. tools/pages.py computes the terms.
 "use strict";
 
-const $ = (id) => document.getElementById(id);
-const stored = readSafetensors(
-  Uint8Array.from(atob($("stored").textContent), (letter) => letter.charCodeAt(0)).buffer).tensors;
+const stored = readSafetensors(storedBytes()).tensors;
 const { photo: { shape: [ROWS, COLUMNS], data: photo }, fine, coarse, scales } = stored;
 const FULL = Math.min(ROWS, COLUMNS), sigma = stored.sigma.data, LONG = ROWS + COLUMNS;
 const squares = (numbers) => numbers.reduce((sum, value) => sum + value * value, 0);
@@ -89,12 +87,7 @@ function drawCurve(r, measured) {
   $("curve").setAttribute("viewBox", `0 0 ${right + 12} 216`);
   const x = (k) => left + (right - left) * Math.log(k) / Math.log(FULL), most = 0.5;
   const y = (error) => bottom - (bottom - top) * error / most, nodes = [];
-  const node = (name, attributes, text = "") => {
-    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-    made.append(text);
-    nodes.push(made);
-  };
+  const node = (...parts) => nodes.push(svg(...parts));
   for (const error of [0, 0.25, 0.5]) {
     node("line", { x1: left, x2: right, y1: y(error), y2: y(error) });
     node("text", { x: left - 6, y: y(error) + 4, "text-anchor": "end" }, `${100 * error} %`);
