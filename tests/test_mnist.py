@@ -3,6 +3,7 @@
 import copy
 import errno
 import gzip
+import hashlib
 import os
 import shutil
 import threading
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 
 import lora_utils as lora
+from tools import make_richboynet
 
 CPU = torch.device("cpu")
 RAW = Path(lora.__file__).parent / "data" / "MNIST" / "raw"
@@ -210,12 +212,12 @@ def test_errors_are_counted_by_the_true_digit():
     assert 0 < sum(expected) < len(labels) and expected[9] == 0
 
 
-def test_the_base_is_one_epoch_of_128_and_the_same_for_one_seed():
-    train = lora.Digits(torch.randn(300, 28, 28), torch.randint(10, (300,)))
-    first, again, other = (lora.pretrained_richboynet(train, seed) for seed in (1, 1, 2))
-    assert lora.same_tensors(first.state_dict(), again.state_dict())
-    assert not lora.same_tensors(first.state_dict(), other.state_dict())
-    torch.manual_seed(1)
-    by_hand = lora.RichBoyNet()
-    lora.train_classifier(by_hand, train, 2, 128)
-    assert lora.same_tensors(first.state_dict(), by_hand.state_dict())
+def test_the_base_in_data_is_the_one_that_its_script_trains():
+    *_, test = lora.load_mnist(CPU)
+    stored, trained = lora.pretrained_richboynet(CPU), make_richboynet.trained(CPU)
+    with torch.no_grad():  # on another processor the sums round differently, all the way
+        same = stored(test.images).argmax(dim=1) == trained(test.images).argmax(dim=1)
+    assert same.float().mean() > 0.995  # two seeds: 0.987
+    assert lora.pretrained_richboynet(torch.device("meta")).fc1.weight.is_meta
+    digest = hashlib.sha256((lora.DATA / "richboynet.safetensors").read_bytes()).hexdigest()
+    assert digest in (lora.DATA / "README.md").read_text(encoding="utf-8")

@@ -210,6 +210,10 @@ def patch():
 
     lora_utils.check = check
 
+    sys.path.append("../tools")
+    import make_richboynet  # and not the base in data/, which is of one seed
+    lora_utils.pretrained_richboynet = make_richboynet.trained
+
 patch()"""
 
 
