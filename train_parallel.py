@@ -116,7 +116,8 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    print(f"process {dist.get_rank()} of {dist.get_world_size()}, on {device}")
+    # Written whole, with its end: else two processes may write into one line.
+    print(f"process {dist.get_rank()} of {dist.get_world_size()}, on {device}\n", end="")
     report = train(device=device, **vars(options))
     (options.folder / f"process{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.destroy_process_group()

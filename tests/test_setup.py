@@ -172,12 +172,14 @@ def test_run_goes_on_after_a_failure(project, tmp_path, capsys):
 SEEDED = f"""\
 import numpy as np
 import torch
+import lora_utils
 from lora_utils import check, draw
 check("always", True)
 check("a seed of torch", torch.manual_seed(1).initial_seed() == 1)
 check("a generator's seed", torch.Generator().manual_seed(2).initial_seed() == 2)
 check("a seed of numpy", np.random.default_rng(3).random() == {np.random.default_rng(3).random()})
 check("the module's seed", draw() == 4)
+check("the base of one seed", lora_utils.pretrained_richboynet.__module__ == "lora_utils")
 check("one shift of two", torch.initial_seed() != 1004)"""
 
 
@@ -188,7 +190,8 @@ def test_seeds_reports_all_claims_that_fail(project, tmp_path, capsys):
     project("01_seeded", SEEDED, "1 / 0")
     assert tool.main(["seeds", "--shifts", "2"]) == 1
     table = capsys.readouterr().out.partition("claims failed")[2]
-    for claim in ("torch", "a generator's seed", "numpy", "the module's seed", "ZeroDivision"):
+    claims = ("a seed of torch", "a generator's seed", "a seed of numpy", "the module's seed")
+    for claim in (*claims, "the base of one seed", "ZeroDivision"):
         assert re.search(f"2 of 2 .*{claim}", table)
     assert re.search(r"1 of 2 .*one shift of two \(1000\)", table)
     assert "always" not in table

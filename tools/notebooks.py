@@ -210,7 +210,7 @@ def patch():
 
     lora_utils.check = check
 
-    sys.path.append("../tools")
+    sys.path.append({tools!r})
     import make_richboynet  # and not the base in data/, which is of one seed
     lora_utils.pretrained_richboynet = make_richboynet.trained
 
@@ -241,7 +241,8 @@ def try_shift(path: Path, shift: int) -> tuple[str, int, list[str]]:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(SHIFT_SEEDS.format(shift=shift)))
+    moved = SHIFT_SEEDS.format(shift=shift, tools=str(Path(__file__).parent))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(moved))
     ok, report = execute(path, notebook)
     lines = [
         line
