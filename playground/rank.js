@@ -66,14 +66,8 @@ function show() {
     ["error of the picture", percent(measured), "0.0 %"],
     ["Eckart–Young", percent(predicted), "0.0 %"],
   ];
-  $("table").replaceChildren(...rows.map(([name, ...cells]) => {
-    const row = document.createElement("tr"), head = document.createElement("th");
-    head.scope = "row";
-    head.textContent = name;
-    row.append(head);
-    for (const cell of cells) row.insertCell().textContent = cell;
-    return row;
-  }));
+  $("table").replaceChildren(...rows.map(([name, ...cells]) => element("tr", {},
+    element("th", { scope: "row" }, name), ...cells.map((cell) => element("td", {}, cell)))));
   const pays = numbers < size ? `${(size / numbers).toFixed(1)} times fewer than the photograph has`
     : "more than the photograph has: beyond rank 276 factors do not pay";
   const many = r === 1 ? "" : "s";
@@ -103,10 +97,8 @@ let rest = total;
 const curve = Array.from(sigma, (value) => Math.sqrt(Math.max(0, rest -= value * value) / total));
 
 for (const wanted of TRY) {
-  const button = document.createElement("button");
-  button.type = "button";
-  button.textContent = wanted === FULL ? `${FULL}, the full rank` : wanted;
-  button.setAttribute("aria-label", `rank ${button.textContent}`);
+  const says = wanted === FULL ? `${FULL}, the full rank` : wanted;
+  const button = element("button", { type: "button", "aria-label": `rank ${says}` }, says);
   button.addEventListener("click", () => { $("rank").value = RANKS.indexOf(wanted); show(); });
   $("ranks").append(button);
 }
