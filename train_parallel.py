@@ -21,7 +21,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_utils import RichBoyNet, add_lora, load_lora_state_dict, save_adapter
+from lora_tasks import RichBoyNet
+from lora_utils import add_lora, load_lora_state_dict, save_adapter
 
 LORA = {"rank": 8, "alpha": 8, "targets": ["fc1", "fc2", "fc3"]}
 BATCH = 64  # digits in a step, of all processes together

@@ -21,7 +21,8 @@ import torch
 import torch.nn as nn
 from IPython.display import HTML
 
-from lora_utils import CONFIG_FILE, WEIGHTS_FILE, Digits, load_adapter, lora_layers
+from lora_tasks import Digits
+from lora_utils import CONFIG_FILE, WEIGHTS_FILE, load_adapter, lora_layers
 
 SOURCES = Path(__file__).resolve().parent
 

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
+import lora_show
 import lora_utils as lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -81,7 +82,7 @@ def test_the_state_dict_is_a_copy_that_loads_into_the_same_parameters():
     assert all(torch.equal(state[name], source.get_parameter(name)) for name in names)
     before = dict(model.named_parameters())
     lora.load_lora_state_dict(model, state)
-    assert lora.same_tensors(lora.lora_state_dict(model), state)
+    assert lora_show.same_tensors(lora.lora_state_dict(model), state)
     for name, parameter in model.named_parameters():
         assert parameter is before[name] and parameter.requires_grad == (name in names)
     state["fc1.lora_A"].zero_()
@@ -122,7 +123,7 @@ def test_a_loaded_adapter_no_longer_hangs_on_its_file(folder):
     before, size = lora.lora_state_dict(model), (folder / WEIGHTS).stat().st_size
     with (folder / WEIGHTS).open("r+b") as file:  # in place
         file.write(b"\xff" * size)
-    assert lora.same_tensors(lora.lora_state_dict(model), before)
+    assert lora_show.same_tensors(lora.lora_state_dict(model), before)
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(1, 3), (2, 4)])
@@ -456,10 +457,10 @@ def test_promises_hold_for_random_models(tmp_path, seed):
     random_numbers = torch.get_rng_state()
     lora.load_adapter(plain, tmp_path)
     assert torch.equal(torch.get_rng_state(), random_numbers)
-    assert lora.same_tensors(plain.state_dict(), model.state_dict())
+    assert lora_show.same_tensors(plain.state_dict(), model.state_dict())
     assert torch.equal(plain(x), adapted)
     lora.remove_lora(plain)
-    assert lora.same_tensors(plain.state_dict(), weights) and torch.equal(plain(x), base)
+    assert lora_show.same_tensors(plain.state_dict(), weights) and torch.equal(plain(x), base)
 
     hidden = x.double().numpy()
     for name in model._modules:

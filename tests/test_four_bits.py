@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 import lora_utils
-from tools import sweep_four_bits
+from experiments import sweep_four_bits
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = "imports imports-lora imports-language normal-float quantize pack quantized-linear"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgba
 
+import lora_show
 import lora_utils as lora
 
 
@@ -23,15 +24,15 @@ def shown(monkeypatch):
     assert not plt.get_fignums()  # or the notebook would show the figure twice
 
 
-# --- lora.check, lora.compare, table -------------------------------------------------------------
+# --- check, compare, table ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [bool, torch.tensor, np.bool_])
 def test_check_ticks_what_holds_and_names_what_does_not(capsys, kind):
-    lora.check("B A x equals W x", kind(True))
+    lora_show.check("B A x equals W x", kind(True))
     assert capsys.readouterr().out == "✓ B A x equals W x\n"
     with pytest.raises(AssertionError, match="B A x equals W x"):
-        lora.check("B A x equals W x", kind(False))
+        lora_show.check("B A x equals W x", kind(False))
     assert capsys.readouterr().out == ""
 
 
@@ -40,7 +41,7 @@ def test_check_ticks_what_holds_and_names_what_does_not(capsys, kind):
 )
 def test_check_takes_nothing_but_one_truth_value(capsys, condition):
     with pytest.raises(TypeError):
-        lora.check("x", condition)
+        lora_show.check("x", condition)
     assert capsys.readouterr().out == ""
 
 
@@ -66,12 +67,12 @@ def test_check_takes_nothing_but_one_truth_value(capsys, condition):
 )
 def test_compare_tells_rounding_from_error(capsys, ours, reference, exact, approximate, largest):
     line = f"W: exact {exact} | approximate {approximate} | largest difference {largest}\n"
-    lora.compare("W", ours, reference)
+    lora_show.compare("W", ours, reference)
     assert capsys.readouterr().out == line
 
 
 @pytest.mark.parametrize(
-    "function", [lora.relative_difference, lambda *pair: lora.compare("W", *pair)]
+    "function", [lora_show.relative_difference, lambda *pair: lora_show.compare("W", *pair)]
 )
 def test_tensors_of_different_shapes_cannot_be_compared(capsys, function):
     with pytest.raises(ValueError, match=r"\(3,\).*\(2, 3\)"):
@@ -81,22 +82,22 @@ def test_tensors_of_different_shapes_cannot_be_compared(capsys, function):
 
 def test_the_relative_difference_is_that_of_the_norms():
     ours, reference = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
-    assert lora.relative_difference(ours, reference) == 1
-    assert lora.relative_difference(ours, ours * 2) == 0.5
-    assert lora.relative_difference(ours, torch.zeros(2, 2)) == float("inf")
+    assert lora_show.relative_difference(ours, reference) == 1
+    assert lora_show.relative_difference(ours, ours * 2) == 0.5
+    assert lora_show.relative_difference(ours, torch.zeros(2, 2)) == float("inf")
 
 
 def test_same_tensors_means_names_and_bits():
     ours = {"a": torch.ones(2), "b": torch.zeros(1)}
-    assert lora.same_tensors(ours, {"b": torch.zeros(1), "a": torch.ones(2)})
+    assert lora_show.same_tensors(ours, {"b": torch.zeros(1), "a": torch.ones(2)})
     for change in ({"b": torch.ones(1)}, {"b": torch.zeros(2)}, {"c": torch.zeros(1)}):
-        assert not lora.same_tensors(ours, ours | change)
-        assert not lora.same_tensors(ours | change, ours)
+        assert not lora_show.same_tensors(ours, ours | change)
+        assert not lora_show.same_tensors(ours | change, ours)
 
 
 def test_a_table_marks_what_matches(capsys):
-    assert lora.table([("fc1", 1784, 1784), ("fc2", 2, 2)], head=("formula", "counted"))
-    assert not lora.table([("fc1", 3, 4), ("fc2", 2, 2), ("fc3", 4, 3)])
+    assert lora_show.table([("fc1", 1784, 1784), ("fc2", 2, 2)], head=("formula", "counted"))
+    assert not lora_show.table([("fc1", 3, 4), ("fc2", 2, 2), ("fc3", 4, 3)])
     first, second = capsys.readouterr().out.split("expected")
     assert first.count("✓") == 2 and "✗" not in first
     assert all(word in first for word in ("formula", "counted", "fc1", "1,784"))
@@ -104,9 +105,9 @@ def test_a_table_marks_what_matches(capsys):
 
 
 def test_say_and_show_source_display_markdown(shown):
-    lora.say("**42** parameters")
+    lora_show.say("**42** parameters")
     for thing in (lora.LoRALinear, lora.add_lora):
-        lora.show_source(thing)
+        lora_show.show_source(thing)
         assert shown.pop()[0].data == f"```python\n{inspect.getsource(thing)}```"
     assert shown.pop()[0].data == "**42** parameters"
 
@@ -115,18 +116,18 @@ def test_say_and_show_source_display_markdown(shown):
 
 
 def test_rank_colors_grow_darker_and_each_meaning_has_its_own():
-    ranks = [lora.rank_color(rank) for rank in (1, 2, 3, 4, 5, 8, 12, 16, 32, 64)]
+    ranks = [lora_show.rank_color(rank) for rank in (1, 2, 3, 4, 5, 8, 12, 16, 32, 64)]
     light = [np.dot(color[:3], [0.2126, 0.7152, 0.0722]) for color in ranks]
     assert light == sorted(light, reverse=True) and light[0] < 0.8  # visible on white
-    colors = [to_rgba(color) for color in lora.COLORS.values()] + ranks[::3]
+    colors = [to_rgba(color) for color in lora_show.COLORS.values()] + ranks[::3]
     for i, color in enumerate(colors):
         assert all(np.abs(np.subtract(color, other)).max() > 0.05 for other in colors[:i])
 
 
 def test_images_are_drawn_with_their_titles_700_pixels_wide_and_described(shown):
-    lora.set_plot_style()
+    lora_show.set_plot_style()
     images = torch.rand(5, 4, 6)
-    lora.show_images(images, list("abcde"), "five digits", columns=3)
+    lora_show.show_images(images, list("abcde"), "five digits", columns=3)
     [(figure, options)] = shown
     assert options["metadata"]["image/png"]["alt"] == "five digits"
     assert figure.get_size_inches()[0] * figure.dpi == 700

@@ -10,6 +10,8 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lora_show
+import lora_tasks
 import lora_utils as lora
 
 OUT, IN, RANK, ALPHA = 5, 7, 3, 6.0
@@ -82,7 +84,7 @@ def test_outputs_and_gradients_are_those_of_numpy(adapt, shape, bias, strength):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_nothing_is_made_on_the_cpu_by_accident(adapt, dtype):
     with torch.device("meta"):
-        model = lora.RichBoyNet().to(dtype)
+        model = lora_tasks.RichBoyNet().to(dtype)
     adapt(model, 2, 4, ["fc1", "fc2", "fc3"])
     logits = model(torch.empty(3, 28, 28, dtype=dtype, device="meta"))
     assert logits.shape == (3, 10) and logits.dtype == dtype and logits.is_meta
@@ -153,7 +155,7 @@ def test_a_second_adapter_leaves_the_first_trainable():
     first = copy.deepcopy(model.fc0.state_dict())
     lora.add_lora(model, 1, 4, ["fc1"])
     assert [layer.rank for layer in lora.lora_layers(model).values()] == [2, 1]
-    assert lora.same_tensors(model.fc0.state_dict(), first)
+    assert lora_show.same_tensors(model.fc0.state_dict(), first)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trains == {f"fc{i}.lora_{factor}" for i in range(2) for factor in "AB"}
 
@@ -356,7 +358,7 @@ def test_remove_gives_back_the_very_weights_bit_for_bit():
     lora.remove_lora(model)
     assert lora.lora_layers(model) == {} and type(model["xfc"]) is nn.Linear
     assert all(p is before[name] for name, p in model.named_parameters())
-    assert lora.same_tensors(model.state_dict(), bits)
+    assert lora_show.same_tensors(model.state_dict(), bits)
 
 
 class Quantised(nn.Linear):
@@ -455,7 +457,7 @@ def test_a_lora_layer_cannot_replace_itself(refused, finish):
 
 
 def test_parameters_are_counted_as_by_the_formula(adapt):
-    model, tied = lora.RichBoyNet(), square()
+    model, tied = lora_tasks.RichBoyNet(), square()
     assert lora.count_parameters(model) == (2_807_010, 2_807_010)
     adapt(model, 1, 1, ["fc1", "fc2", "fc3"])
     assert lora.count_parameters(model).total == 2_813_804
@@ -469,4 +471,4 @@ def test_parameters_are_counted_as_by_the_formula(adapt):
 def test_pick_device_takes_the_fastest(monkeypatch, cuda, mps):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert lora.pick_device().type == ("cuda" if cuda else "mps" if mps else "cpu")
+    assert lora_tasks.pick_device().type == ("cuda" if cuda else "mps" if mps else "cpu")

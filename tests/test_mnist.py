@@ -17,8 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from filelock import FileLock
 
+import lora_show
+import lora_tasks
 import lora_utils as lora
-from tools import make_richboynet
+from experiments import make_richboynet
 
 CPU = torch.device("cpu")
 RAW = Path(lora.__file__).parent / "data" / "MNIST" / "raw"
@@ -40,9 +42,9 @@ def raw(monkeypatch, tmp_path):
 
 
 def test_digits_are_those_of_the_archives():
-    train, validation, test = lora.load_mnist(CPU)
+    train, validation, test = lora_tasks.load_mnist(CPU)
     assert [len(d.labels) for d in (train, validation, test)] == [50_000, 10_000, 10_000]
-    known = lora.Digits(*map(torch.cat, zip(train, validation, strict=True)))
+    known = lora_tasks.Digits(*map(torch.cat, zip(train, validation, strict=True)))
     for digits, part in ((known, "train"), (test, "t10k")):
         labels = gzip.decompress((RAW / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:]
         pixels = gzip.decompress((RAW / f"{part}-images-idx3-ubyte.gz").read_bytes())[16:]
@@ -51,7 +53,9 @@ def test_digits_are_those_of_the_archives():
         expected = (pixels / 255 - 0.1307) / 0.3081
         np.testing.assert_allclose(digits.images[::50], expected, rtol=1e-5, atol=1e-6)
     assert abs(known.images.mean()) < 1e-3 and abs(known.images.std() - 1) < 1e-3
-    assert all(tensor.is_meta for part in lora.load_mnist(torch.device("meta")) for tensor in part)
+    assert all(
+        tensor.is_meta for part in lora_tasks.load_mnist(torch.device("meta")) for tensor in part
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing"])
@@ -60,7 +64,7 @@ def test_a_damaged_archive_is_an_error_that_says_what_to_delete(raw, damage):
     os.truncate(archive, 5000) if damage == "cut" else archive.unlink()
     for _ in range(2):  # not the second time either
         with pytest.raises(RuntimeError, match="delete") as caught:
-            lora.load_mnist(CPU)
+            lora_tasks.load_mnist(CPU)
         assert str(raw) in str(caught.value)
 
 
@@ -71,14 +75,14 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_need_be_deleted(mo
 
     monkeypatch.setattr(lora, "FileLock", refuse)
     with pytest.raises(RuntimeError, match=os.strerror(number)) as caught:
-        lora.load_mnist(CPU)
-    assert str(lora.DATA) in str(caught.value) and "delete" not in str(caught.value)
+        lora_tasks.load_mnist(CPU)
+    assert str(lora_tasks.DATA) in str(caught.value) and "delete" not in str(caught.value)
 
 
 def test_loading_waits_while_another_process_unpacks(raw):
     digits = []
-    loading = threading.Thread(target=lambda: digits.extend(lora.load_mnist(CPU)))
-    with FileLock(lora.DATA / "MNIST.lock"):
+    loading = threading.Thread(target=lambda: digits.extend(lora_tasks.load_mnist(CPU)))
+    with FileLock(lora_tasks.DATA / "MNIST.lock"):
         loading.start()
         time.sleep(0.3)
         assert not list(raw.glob("*-ubyte"))
@@ -88,13 +92,14 @@ def test_loading_waits_while_another_process_unpacks(raw):
 
 def test_subsets_and_quarter_turns():
     images = torch.tensor([[[1.0, 2, 3], [4, 5, 6]], [[7, 8, 9], [0, 1, 2]]])
-    data = lora.Digits(images, torch.tensor([3, 9]))
-    turned = lora.rotate(data)  # clockwise: the left column becomes the top row
+    data = lora_tasks.Digits(images, torch.tensor([3, 9]))
+    turned = lora_tasks.rotate(data)  # clockwise: the left column becomes the top row
     assert turned.images.tolist() == [[[4, 1], [5, 2], [6, 3]], [[0, 7], [1, 8], [2, 9]]]
     assert turned.labels.tolist() == [3, 9]
     for chosen in (slice(1, 2), data.labels == 9, torch.tensor([1])):
-        assert lora.same_tensors(
-            lora.subset(data, chosen)._asdict(), {"images": images[1:], "labels": data.labels[1:]}
+        assert lora_show.same_tensors(
+            lora_tasks.subset(data, chosen)._asdict(),
+            {"images": images[1:], "labels": data.labels[1:]},
         )
 
 
@@ -102,7 +107,7 @@ def test_subsets_and_quarter_turns():
 
 
 def test_richboynet_computes_what_numpy_computes():
-    model, images = lora.RichBoyNet(), torch.randn(4, 28, 28)
+    model, images = lora_tasks.RichBoyNet(), torch.randn(4, 28, 28)
     w1, b1, w2, b2, w3, b3 = (p.detach().double().numpy() for p in model.parameters())
     assert [w.shape for w in (w1, w2, w3)] == [(1000, 784), (2000, 1000), (10, 2000)]
     hidden = np.maximum(images.double().numpy().reshape(4, 784) @ w1.T + b1, 0)
@@ -114,7 +119,7 @@ def tiny_digits(count=25):
     """Images of 2 × 3 pixels that begin with their own number, and random labels."""
     images = torch.randn(count, 2, 3)
     images[:, 0, 0] = torch.arange(count) / count
-    return lora.Digits(images, torch.randint(10, (count,)))
+    return lora_tasks.Digits(images, torch.randint(10, (count,)))
 
 
 def tiny_net():
@@ -135,7 +140,7 @@ def which(images):
 @pytest.mark.parametrize(("batches", "size"), [(10, 5), (7, 4), (1, 60), (25, 1)])
 def test_every_example_is_drawn_once_before_any_is_drawn_again(batches, size):
     seen = watch(model := tiny_net(), which)
-    lora.train_classifier(model, tiny_digits(), batches, size)
+    lora_tasks.train_classifier(model, tiny_digits(), batches, size)
     assert [len(batch) for batch in seen] == [size] * batches
     drawn = [example for batch in seen for example in batch]
     epochs = [drawn[start : start + 25] for start in range(0, len(drawn), 25)]
@@ -148,7 +153,7 @@ def test_training_equals_a_loop_written_by_hand(lr):
     model, data = tiny_net(), tiny_digits()
     twin, before = copy.deepcopy(model), data.images.clone()
     seen = watch(model, which)
-    losses = lora.train_classifier(model, data, 12, 5, **({"lr": lr} if lr else {}))
+    losses = lora_tasks.train_classifier(model, data, 12, 5, **({"lr": lr} if lr else {}))
     optimizer = torch.optim.Adam(twin.parameters())
     expected = []
     for step, batch in enumerate(seen):
@@ -167,7 +172,7 @@ def test_training_equals_a_loop_written_by_hand(lr):
 def test_lora_learns_and_leaves_frozen_parameters_bit_identical(adapt):
     adapt(model := tiny_net(), 4, 8, ["1", "3"])
     before = copy.deepcopy(model.state_dict())
-    losses = lora.train_classifier(model, tiny_digits(), 200, 25, lr=0.02)
+    losses = lora_tasks.train_classifier(model, tiny_digits(), 200, 25, lr=0.02)
     assert losses[-1] < losses[0] / 2
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
     assert len(changed) == 4 and all("lora_" in name for name in changed)
@@ -176,9 +181,9 @@ def test_lora_learns_and_leaves_frozen_parameters_bit_identical(adapt):
 @pytest.mark.parametrize("sizes", [(0, 5, 6), (25, 0, 6), (25, 5, 0)])
 def test_training_on_nothing_is_refused(refused, sizes):
     with refused(model := tiny_net(), *sizes):
-        lora.train_classifier(model, tiny_digits(sizes[0]), *sizes[1:])
+        lora_tasks.train_classifier(model, tiny_digits(sizes[0]), *sizes[1:])
     with refused(model.requires_grad_(False), "0 trainable"):
-        lora.train_classifier(model, tiny_digits(), 5, 5)
+        lora_tasks.train_classifier(model, tiny_digits(), 5, 5)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -190,8 +195,8 @@ def test_the_mode_is_right_inside_and_as_found_outside(fails):
     if fails:
         model.register_forward_hook(lambda *_: 1 / 0)
     for call, mode in (
-        (lambda: lora.train_classifier(model, data, 1, 5), True),
-        (lambda: lora.errors_per_digit(model, data), False),
+        (lambda: lora_tasks.train_classifier(model, data, 1, 5), True),
+        (lambda: lora_tasks.errors_per_digit(model, data), False),
     ):
         try:
             call()
@@ -202,22 +207,22 @@ def test_the_mode_is_right_inside_and_as_found_outside(fails):
 
 
 def test_errors_are_counted_by_the_true_digit():
-    model, data = tiny_net(), lora.subset(digits := tiny_digits(500), digits.labels < 9)
+    model, data = tiny_net(), lora_tasks.subset(digits := tiny_digits(500), digits.labels < 9)
     answers = model(data.images).detach().numpy().argmax(1)
     labels = data.labels.numpy()
     expected = [int(((labels == digit) & (answers != digit)).sum()) for digit in range(10)]
-    errors = lora.errors_per_digit(model, data)
+    errors = lora_tasks.errors_per_digit(model, data)
     assert errors.tolist() == expected and not errors.is_floating_point()
-    assert lora.count_errors(model, data) == sum(expected)
+    assert lora_tasks.count_errors(model, data) == sum(expected)
     assert 0 < sum(expected) < len(labels) and expected[9] == 0
 
 
 def test_the_base_in_data_is_the_one_that_its_script_trains():
-    *_, test = lora.load_mnist(CPU)
-    stored, trained = lora.pretrained_richboynet(CPU), make_richboynet.trained(CPU)
+    *_, test = lora_tasks.load_mnist(CPU)
+    stored, trained = lora_tasks.pretrained_richboynet(CPU), make_richboynet.trained(CPU)
     with torch.no_grad():  # on another processor the sums round differently, all the way
         same = stored(test.images).argmax(dim=1) == trained(test.images).argmax(dim=1)
     assert same.float().mean() > 0.995  # two seeds: 0.987
-    assert lora.pretrained_richboynet(torch.device("meta")).fc1.weight.is_meta
-    digest = hashlib.sha256((lora.DATA / "richboynet.safetensors").read_bytes()).hexdigest()
-    assert digest in (lora.DATA / "README.md").read_text(encoding="utf-8")
+    assert lora_tasks.pretrained_richboynet(torch.device("meta")).fc1.weight.is_meta
+    digest = hashlib.sha256((lora_tasks.DATA / "richboynet.safetensors").read_bytes()).hexdigest()
+    assert digest in (lora_tasks.DATA / "README.md").read_text(encoding="utf-8")

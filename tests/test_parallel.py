@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import lora_show
+import lora_tasks
 import lora_utils as lora
 import train_parallel as worker
 from notebooks import NOTEBOOKS
@@ -56,7 +58,7 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     torch.manual_seed(1)
     digits = {"images": torch.randn(280, 28, 28), "labels": torch.randint(10, (280,))}
-    save_file(lora.RichBoyNet().state_dict(), folder / "base.safetensors")
+    save_file(lora_tasks.RichBoyNet().state_dict(), folder / "base.safetensors")
     save_file(digits, folder / "digits.safetensors")
     return folder
 
@@ -165,14 +167,14 @@ worker.dist = dist
 found["other job"] = error_of(worker.train, one / "lora3", cpu, full=True)
 
 # What DDP refuses.
-frozen = lora.RichBoyNet().requires_grad_(False)
+frozen = lora_tasks.RichBoyNet().requires_grad_(False)
 found["nothing to train"] = error_of(DistributedDataParallel, frozen)
-parallel = DistributedDataParallel(lora.RichBoyNet())
+parallel = DistributedDataParallel(lora_tasks.RichBoyNet())
 found["names"] = list(parallel.state_dict())
 found["refused"] = error_of(lora.save_adapter, parallel, out / "wrapped")
 
 def two_steps(**options):  # without fc1, whose factors exist and are trained
-    model = lora.RichBoyNet()
+    model = lora_tasks.RichBoyNet()
     lora.add_lora(model, **worker.LORA)
     model.forward = lambda x: model.fc3(model.fc2(x))
     parallel = DistributedDataParallel(model, **options)
@@ -205,7 +207,7 @@ def losses(many, name):
 
 def close(ours, theirs):
     """Equal up to rounding, which grows from step to step."""
-    return lora.relative_difference(torch.as_tensor(ours), torch.as_tensor(theirs)) < 1e-4
+    return lora_show.relative_difference(torch.as_tensor(ours), torch.as_tensor(theirs)) < 1e-4
 
 
 def same_weights(many, name, theirs):
@@ -229,7 +231,7 @@ def test_one_process_computes_what_a_plain_loop_does(start, one):
     """Nothing of the script here but its settings: two epochs of the whole batches, in order."""
     for full, expected in ((True, one.full), (False, one.lora)):
         torch.manual_seed(0)
-        model = lora.RichBoyNet()
+        model = lora_tasks.RichBoyNet()
         model.load_state_dict(load_file(start / "base.safetensors"))
         if not full:
             lora.add_lora(model, **worker.LORA)
@@ -258,10 +260,10 @@ def test_each_takes_its_share_and_one_writes(many):
 
 def test_the_adapter_is_that_of_the_last_checkpoint(many, one):
     for way in ("lora", "lora fsdp", "lora resumed"):
-        model = lora.RichBoyNet()
+        model = lora_tasks.RichBoyNet()
         lora.load_adapter(model, many.folder / way / "adapter")
         weights = torch.load(many.folder / way / "checkpoint.pt")["weights"]
-        assert lora.same_tensors(lora.lora_state_dict(model), weights)
+        assert lora_show.same_tensors(lora.lora_state_dict(model), weights)
     assert not (many.folder / "full" / "adapter").exists()
     assert not list(many.folder.glob("*/checkpoint.new"))
 
@@ -283,7 +285,7 @@ def padded(rows, count):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_bytes_and_shares_are_exact(many, kind):
-    model = lora.RichBoyNet()
+    model = lora_tasks.RichBoyNet()
     if kind == "lora":
         lora.add_lora(model, **worker.LORA)
     total, trained = lora.count_parameters(model)
@@ -355,10 +357,10 @@ def test_a_death_in_the_middle_of_a_save_ends_all_and_leaves_the_last_checkpoint
     script = [folder / "dying.py", folder, "--save-every=2", "--steps=1000000"]
     status, printed = launch(folder, "--standalone", "--nproc-per-node=2", *script)
     assert status != 0 and "rank      : 0 " in printed.partition("Root Cause")[2], printed
-    saved, model = torch.load(folder / "checkpoint.pt"), lora.RichBoyNet()
+    saved, model = torch.load(folder / "checkpoint.pt"), lora_tasks.RichBoyNet()
     lora.load_adapter(model, folder / "adapter")
     assert saved["step"] == 2 and not list(folder.glob("process*.json"))
-    assert lora.same_tensors(lora.lora_state_dict(model), saved["weights"])
+    assert lora_show.same_tensors(lora.lora_state_dict(model), saved["weights"])
 
 
 OFF = """

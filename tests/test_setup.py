@@ -172,14 +172,16 @@ def test_run_goes_on_after_a_failure(project, tmp_path, capsys):
 SEEDED = f"""\
 import numpy as np
 import torch
+import lora_tasks
 import lora_utils
-from lora_utils import check, draw
+from lora_show import check
+from lora_utils import draw
 check("always", True)
 check("a seed of torch", torch.manual_seed(1).initial_seed() == 1)
 check("a generator's seed", torch.Generator().manual_seed(2).initial_seed() == 2)
 check("a seed of numpy", np.random.default_rng(3).random() == {np.random.default_rng(3).random()})
 check("the module's seed", draw() == 4)
-check("the base of one seed", lora_utils.pretrained_richboynet.__module__ == "lora_utils")
+check("the base of one seed", lora_tasks.pretrained_richboynet.__module__ == "lora_utils")
 check("one shift of two", torch.initial_seed() != 1004)"""
 
 

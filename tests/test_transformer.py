@@ -11,12 +11,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import lora_show
+import lora_tasks
 import lora_utils
-from tools import make_language_model, sweep_language_model
+from experiments import make_language_model, sweep_language_model
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "data" / "language_model"
-SEVEN = lora_utils.ATTENTION + lora_utils.MLP
+SEVEN = lora_tasks.ATTENTION + lora_tasks.MLP
 IDS = torch.arange(40).view(2, 20) * 7
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
 
@@ -85,7 +87,7 @@ def test_off_removed_and_merged(model):
         assert torch.equal(logits(model), before)
     factors = lora_utils.lora_state_dict(model)
     lora_utils.remove_lora(model)
-    assert lora_utils.same_tensors(model.state_dict(), state)
+    assert lora_show.same_tensors(model.state_dict(), state)
     lora_utils.add_lora(model, 4, alpha=8, targets=SEVEN)
     lora_utils.load_lora_state_dict(model, factors)
     lora_utils.merge_lora(model)
@@ -126,7 +128,7 @@ def test_a_resumed_training_is_the_unbroken_one(tmp_path):
     lora_utils.load_adapter(resumed, tmp_path / "adapter")
     steps(resumed, 3, 6, torch.load(tmp_path / "optimizer.pt"))
     state, expected = (lora_utils.lora_state_dict(m) for m in (resumed, model))
-    assert lora_utils.same_tensors(state, expected)
+    assert lora_show.same_tensors(state, expected)
 
 
 # The small language model and its sweep
@@ -199,15 +201,15 @@ def test_a_stored_training_in_full_comes_out_again(method):
     """Notebook 7 repeats a training with LoRA; here are the two that beat it."""
     with open(ROOT / "data" / "language_model_sweep.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    model, tokenizer = sweep_language_model.adapt(method, lora_utils.load_text("kjv")[0], 5e-4, 100)
+    model, tokenizer = sweep_language_model.adapt(method, lora_tasks.load_text("kjv")[0], 5e-4, 100)
     texts = {
-        "test": lora_utils.load_text("kjv")[2],
-        "Austen": lora_utils.load_text("austen_prideandprejudice")[2],
+        "test": lora_tasks.load_text("kjv")[2],
+        "Austen": lora_tasks.load_text("austen_prideandprejudice")[2],
     }
     for name, text in texts.items():
         key = {"method": method, "rate": "0.0005", "seed": "100", "text": name}
         (stored,) = (r["bits per byte"] for r in rows if key.items() <= r.items())
-        bits = lora_utils.bits_per_byte(model, tokenizer, text)
+        bits = lora_tasks.bits_per_byte(model, tokenizer, text)
         assert bits == pytest.approx(float(stored), abs=0.005)
 
 
@@ -276,9 +278,9 @@ def test_the_sweep_trains_as_the_notebook_does(run_notebook, monkeypatch):
     text = names["training"]["Bible"][:20_000]
     names["fresh_lora"](8, names["MLP"])
     ours = names["model"]
-    lora_utils.train_language_model(
+    lora_tasks.train_language_model(
         ours, names["tokenizer"], text, names["STEPS"], 0.02, names["SEED"]
     )
     theirs, _ = sweep_language_model.adapt("MLP", text, 0.02, names["SEED"])
     ours, theirs = map(lora_utils.lora_state_dict, (ours, theirs))
-    assert lora_utils.same_tensors(ours, theirs)
+    assert lora_show.same_tensors(ours, theirs)

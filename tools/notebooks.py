@@ -177,7 +177,7 @@ def clean_outputs(outputs: list) -> list:
 
 # seeds
 
-# Runs before a notebook's first cell. It reaches the seeds in lora_utils, too, for torch, numpy
+# Runs before a notebook's first cell. It reaches the seeds in the modules, too, for torch, numpy
 # and `check` are patched before anything imports them. A failed check is noted: the rest goes on.
 SHIFT_SEEDS = """\
 def patch():
@@ -199,8 +199,8 @@ def patch():
     torch.manual_seed = shifted(torch.manual_seed)
     numpy.random.default_rng = shifted(numpy.random.default_rng)
 
-    import lora_utils
-    strict = lora_utils.check
+    import lora_show, lora_tasks
+    strict = lora_show.check
 
     def check(*claim):
         try:
@@ -208,11 +208,11 @@ def patch():
         except AssertionError as error:
             print("✗", error)
 
-    lora_utils.check = check
+    lora_show.check = check
 
     sys.path.append({tools!r})
     import make_richboynet  # and not the base in data/, which is of one seed
-    lora_utils.pretrained_richboynet = make_richboynet.trained
+    lora_tasks.pretrained_richboynet = make_richboynet.trained
 
 patch()"""
 

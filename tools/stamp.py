@@ -13,17 +13,19 @@ from pathlib import Path
 REPOSITORY = "https://github.com/OWNER/lora-notebooks"
 
 SETUP_CELL = """\
-# Find lora_utils.py: it lies one folder up or, in Colab, in a clone of the repository.
-import os
+# Find the modules of this series: near the notebook or, in Colab, in a clone of the repository.
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads must not spin
 if "google.colab" in sys.modules and not Path("lora-notebooks").exists():
     address = "{repository}"
     subprocess.run(["git", "clone", "--depth", "1", address, "lora-notebooks"], check=True)
-sys.path += ["..", "lora-notebooks"]"""
+folders = [Path(name) for name in ("..", "../..", ".", "lora-notebooks")]
+homes = [str(folder) for folder in folders if (folder / "lora_utils.py").exists()]
+if not homes:
+    raise FileNotFoundError("lora_utils.py is not near: clone the repository and open it there")
+sys.path.append(homes[0])"""
 
 COLAB = "https://colab.research.google.com"
 

@@ -11,16 +11,8 @@ import torch
 import pages
 import playground
 from conftest import open_page, violations
-from lora_utils import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    RichBoyNet,
-    add_lora,
-    load_mnist,
-    lora_layers,
-    pretrained_richboynet,
-    save_adapter,
-)
+from lora_tasks import RichBoyNet, load_mnist, pretrained_richboynet
+from lora_utils import CONFIG_FILE, WEIGHTS_FILE, add_lora, lora_layers, save_adapter
 
 # How the digits arrive, and the strengths of the adapters.
 SETTINGS = [

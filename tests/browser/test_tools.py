@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import pages
 from conftest import open_page, violations
-from lora_utils import RichBoyNet, add_lora, count_parameters, load_mnist
+from lora_tasks import RichBoyNet, load_mnist
+from lora_utils import add_lora, count_parameters
 
 PAGES = ["memory", "rank"]
 

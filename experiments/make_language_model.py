@@ -1,7 +1,7 @@
 """Make the small language model of notebook 7, a Llama that has read Jane Austen.
 
-python tools/make_language_model.py               writes data/language_model; 7 to 10 CPU minutes
-python tools/make_language_model.py FOLDER STEPS  writes FOLDER, after STEPS steps
+python experiments/make_language_model.py               writes data/language_model; 7 to 10 CPU minutes
+python experiments/make_language_model.py FOLDER STEPS  writes FOLDER, after STEPS steps
 
 The folder looks like one from the Hugging Face Hub: config.json, model.safetensors in 16 bits, a
 tokenizer, and a README.md that records this very run. The model, 623,488 numbers, reads Austen's
@@ -161,7 +161,7 @@ def main(folder: str = str(DATA / "language_model"), steps: str = str(STEPS)) ->
     card = f"""\
 # A small Llama that has read Jane Austen
 
-{model.num_parameters():,} numbers, made for notebook 7 by `tools/make_language_model.py`.
+{model.num_parameters():,} numbers, made for notebook 7 by `experiments/make_language_model.py`.
 That script wrote this page, too.
 
 | this run | |

@@ -1,6 +1,6 @@
 """Try many learning rates for every method of notebook 5; write data/rates.json.
 
-python tools/sweep_rates.py
+python experiments/sweep_rates.py
 
 Each run adapts the base to rotated digits with 50 batches of 64, as the notebook does. First every
 method runs at many rates, and errors are counted on 2,000 validation digits. Then it runs at the
@@ -173,7 +173,7 @@ def main() -> None:
 def write(errors: dict, tested: dict, seconds: int) -> None:
     """Write the errors so far, and how they were made; earlier runs took `seconds`."""
     made = {
-        "command": "python tools/sweep_rates.py",
+        "command": "python experiments/sweep_rates.py",
         "errors": "in the first 2,000 validation digits, rotated; one number a seed",
         "seeds": SEEDS,
         "test errors": "in the first 2,000 test digits, rotated, each at its best rate",

@@ -1,6 +1,6 @@
 """Where should LoRA sit, and does it forget less? The trainings whose results notebook 7 shows.
 
-python tools/sweep_language_model.py    writes data/language_model_sweep.csv; about 18 CPU minutes
+python experiments/sweep_language_model.py    writes data/language_model_sweep.csv; about 18 CPU minutes
 
 Each training adapts the small language model to the Bible, as notebook 7 does. The seed CHOICE is
 measured on validation text alone, and chooses the learning rate of each method. The seeds RESULT
@@ -18,18 +18,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
-from lora_utils import (  # noqa: E402
+from lora_tasks import (  # noqa: E402
     ATTENTION,
     DATA,
     MLP,
-    add_lora,
     bits_per_byte,
     load_language_model,
     load_text,
-    lora_layers,
-    set_lora_strength,
     train_language_model,
 )
+from lora_utils import add_lora, lora_layers, set_lora_strength  # noqa: E402
 
 STEPS, CHOICE, RESULT = 120, 0, (100, 101, 102, 103, 104)
 

@@ -1,6 +1,6 @@
 """What do four, three and two bits cost? The trainings whose results notebook 8 shows.
 
-python tools/sweep_four_bits.py    writes data/four_bits.json; about 17 CPU minutes
+python experiments/sweep_four_bits.py    writes data/four_bits.json; about 17 CPU minutes
 
 Each training adapts the small language model to the Bible with LoRA of rank 4 on its seven kinds
 of layer, whose weights were rounded first. Seed CHOICE is measured on validation text alone, and
@@ -18,18 +18,18 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "tools")]
-from lora_utils import (  # noqa: E402
+from sweep_language_model import best_rate  # noqa: E402
+
+from lora_tasks import (  # noqa: E402
     ATTENTION,
     DATA,
     MLP,
-    add_lora,
     bits_per_byte,
     load_language_model,
     load_text,
-    lora_layers,
     train_language_model,
 )
-from sweep_language_model import best_rate  # noqa: E402
+from lora_utils import add_lora, lora_layers  # noqa: E402
 
 RESULT_FILE = DATA / "four_bits.json"
 STEPS, RANK, CHOICE, RESULT = 120, 4, 0, tuple(range(100, 110))
@@ -102,7 +102,7 @@ def reference() -> dict:
 def write(found: dict) -> None:
     """Write what was found so far, one line a method: a file whose changes can be read."""
     made = {
-        "command": "python tools/sweep_four_bits.py",
+        "command": "python experiments/sweep_four_bits.py",
         "numbers": "bits per byte; those of 'test' and 'Austen' at the rate best on validation",
         "seeds": RESULT,
         "torch": torch.__version__,
