@@ -279,8 +279,8 @@ def test_the_sweep_trains_as_the_notebook_does(run_notebook, monkeypatch):
     names["fresh_lora"](8, names["MLP"])
     ours = names["model"]
     lora_tasks.train_language_model(
-        ours, names["tokenizer"], text, names["STEPS"], 0.02, names["SEED"]
+        ours, names["tokenizer"], text, names["STEPS"], 0.02, names["TRAINING_SEED"]
     )
-    theirs, _ = sweep_language_model.adapt("MLP", text, 0.02, names["SEED"])
+    theirs, _ = sweep_language_model.adapt("MLP", text, 0.02, names["TRAINING_SEED"])
     ours, theirs = map(lora_utils.lora_state_dict, (ours, theirs))
     assert lora_show.same_tensors(ours, theirs)
