@@ -3,10 +3,7 @@
 import sys
 from pathlib import Path
 
-# This file is read from build/site-source.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "tools")]
-
-import stamp  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent)]  # for folds.py
 
 project = html_title = "LoRA from the ground up"
 copyright = author = ""
@@ -38,13 +35,13 @@ html_sidebars = {
     ]
 }
 html_theme_options = {
-    "repository_url": stamp.REPOSITORY,
+    "repository_url": "https://github.com/OWNER/lora-notebooks",
     "repository_branch": "main",
     "path_to_docs": "notebooks",
     "use_repository_button": True,
     "use_download_button": False,  # it would hand out the copies with the site's marks
     "use_fullscreen_button": False,
-    "launch_buttons": {"colab_url": stamp.COLAB},
+    "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     "home_page_in_toc": True,
     "show_toc_level": 1,
     "navbar_persistent": [],  # else a second search field stands above the page

@@ -22,7 +22,7 @@ import lora_show
 import lora_tasks
 import lora_utils as lora
 import train_parallel as worker
-from notebooks import NOTEBOOKS
+from execute import NOTEBOOKS
 
 CPU = torch.device("cpu")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

@@ -21,8 +21,6 @@ import numpy as np
 import safetensors.numpy
 from matplotlib.cbook import get_sample_data
 
-import stamp
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 from playground import inline, page  # noqa: E402
@@ -60,7 +58,7 @@ def prepare() -> None:
     extra = SOURCE / "extra"
     extra.mkdir()
     for_the_site = page(STORED.read_bytes()).replace('id="home" hidden', 'id="home"')
-    stamp.write(extra / "playground.html", for_the_site)
+    (extra / "playground.html").write_text(for_the_site, encoding="utf-8", newline="\n")
     write_tools(extra)
     for file in metadata.files("sphinx-mathjax-offline"):  # of 24 MB the pages need 2
         path = str(file).partition("static/")[2]
@@ -71,9 +69,11 @@ def prepare() -> None:
 
 def write_tools(folder: Path) -> None:
     """Write the two pages beside the playground: the memory calculator and the rank slider."""
-    stamp.write(folder / "memory.html", inline("memory.html"))
+    memory = inline("memory.html")
+    (folder / "memory.html").write_text(memory, encoding="utf-8", newline="\n")
     terms = base64.b64encode(safetensors.numpy.save(svd_terms(photograph()))).decode()
-    stamp.write(folder / "rank.html", inline("rank.html").replace("<!-- stored -->", terms))
+    rank = inline("rank.html").replace("<!-- stored -->", terms)
+    (folder / "rank.html").write_text(rank, encoding="utf-8", newline="\n")
 
 
 def photograph() -> np.ndarray:

@@ -8,8 +8,8 @@ from urllib.parse import unquote, urldefrag, urljoin
 import pytest
 
 import pages
-import stamp
 from conftest import open_page, violations
+from conventions import COLAB, REPOSITORY
 
 NOTEBOOKS = sorted(path.stem for path in pages.NOTEBOOKS.glob("*.ipynb"))
 PAGES = ["index", "search", *NOTEBOOKS]
@@ -63,7 +63,7 @@ def test_page_is_whole(page, address, name):
         title = re.match("# (.*)", "".join(cells(name)[0]["source"]))[1]
         assert page.inner_text("main h1").rstrip("#") == title
         colab = page.locator("a[href*='colab.research.google.com']").first.get_attribute("href")
-        assert colab == f"{stamp.COLAB}/github/{stamp.slug()}/blob/main/notebooks/{name}.ipynb"
+        assert colab == f"{COLAB}/github/{REPOSITORY}/blob/main/notebooks/{name}.ipynb"
 
 
 @pytest.mark.parametrize("name", [*PAGES, "playground", "rank", "memory"])
