@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the core to others
 os.environ["PYTHONUTF8"] = "1"  # text is UTF-8 whatever the system's language is
 os.environ["TQDM_DISABLE"] = "1"
