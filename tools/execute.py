@@ -107,9 +107,9 @@ def refresh(paths: list[Path]) -> bool:
         print(report, flush=True)
         if ok:
             clean(notebook)
-            write(path, notebook)
             if path.stem == PICTURE_FROM[0]:
                 PICTURE.write_bytes(figure(notebook, PICTURE_FROM[1]))
+            write(path, notebook)
         passed &= ok
     return passed
 
