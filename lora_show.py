@@ -153,7 +153,7 @@ COLORS = {
     # Texts
     "Austen": "#1b4f72",
     "Bible": "#8c6d00",
-    "Shakespeare": "#cc6677",
+    "Shakespeare": "#d1495b",
     # Bits saved or lost
     "gain": "#5ab4ac",
     "loss": "#d8b365",
@@ -180,7 +180,7 @@ def set_plot_style() -> None:
 def show_figure(alt: str) -> None:
     """Show the figure just drawn as PNG, with a description for those who cannot see it."""
     file = io.BytesIO()
-    plt.savefig(file, format="png", dpi="figure", bbox_inches="tight")
+    plt.savefig(file, format="png", dpi=100, bbox_inches="tight")
     plt.close()
     picture = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": alt}
     display(picture, raw=True, metadata={"image/png": {"alt": alt}})
