@@ -1,20 +1,32 @@
 """What there is to adapt: digits and a classifier of them, a language model and its texts."""
 
 import gzip
+import logging
 import math
-from collections.abc import Callable, Iterator
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from filelock import FileLock
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-# --- Where to compute ---------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DATA = Path(__file__).resolve().parent / "data"
+
+# peft and transformers load bitsandbytes, if it is there. On some processors it then warns of a
+# missing package that nothing here needs. Import this module before them.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def pick_device() -> torch.device:
@@ -26,9 +38,101 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
+# --- Training -----------------------------------------------------------------------------------
+
+
+def train(
+    model: nn.Module, loss_of: Callable[[int], torch.Tensor], steps: int, lr: float
+) -> list[float]:
+    """Train what needs a gradient with Adam, in place; `loss_of(step)` is the loss of a step.
+
+    The learning rate falls linearly from `lr` to zero, so that the result does not depend on the
+    last few batches. A frozen batch norm keeps its statistics, too: without LoRA, the base is
+    still the base. Returns the loss of each step, before the update that it causes.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable or steps < 1:
+        raise ValueError(f"nothing to train: {len(trainable)} trainable tensors, {steps} steps")
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
+            module.train(module.weight.requires_grad)
+    optimizer = torch.optim.Adam(trainable, lr=lr, fused=True)  # the same step, in one call
+    losses = []
+    for step in tqdm(range(steps), leave=False):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())  # .item() would wait for the GPU in each step
+    model.eval()
+    return torch.stack(losses).tolist()
+
+
+# --- What a training step holds (notebook 6) ----------------------------------------------------
+
+
+def byte_count(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes that the tensors' memory takes."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+@contextmanager
+def kept_for_backward(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the tensors that autograd keeps for the backward pass in a `with` block.
+
+    Each piece of memory counts once, and the model's own parameters and buffers do not.
+    """
+    seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in seen:
+            seen.add(address)
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def peak_bytes(model: nn.Module, run: Callable[[], object]) -> int:
+    """Return the most bytes that the model and all tensors made by `run()` hold at once."""
+    own = [*model.parameters(), *model.buffers()]
+    with _Alive(own) as alive:
+        run()
+    return byte_count(own) + alive.peak
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors alive at once: it sees what each operation returns."""
+
+    def __init__(self, own: list[torch.Tensor]):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self.now = self.peak = 0
+
+    def free(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in self.known:
+                self.known.add(storage.data_ptr())  # until the last tensor in it is gone:
+                weakref.finalize(storage, self.free, storage.data_ptr(), storage.nbytes())
+                self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return result
+
+
 # --- MNIST and RichBoyNet (notebook 3) ----------------------------------------------------------
 
-DATA = Path(__file__).resolve().parent / "data"
+MEAN, STD = 0.1307, 0.3081  # of the training pixels, between 0 and 1
 
 
 class Digits(NamedTuple):
@@ -41,31 +145,22 @@ class Digits(NamedTuple):
 def load_mnist(device: torch.device) -> tuple[Digits, Digits, Digits]:
     """Return 50,000 digits to train on, 10,000 to choose settings by, 10,000 to test on.
 
-    The first two are MNIST's training set. All are tensors on the device. The first call unpacks
-    the archives in `data/`, or downloads them where they are missing.
-
-    Raises:
-        RuntimeError: the files cannot be read, written or downloaded.
+    The first two are MNIST's training set. All are tensors on the device. torchvision unpacks
+    copies of the archives in `data/`; one that is missing or damaged it downloads.
     """
     from torchvision.datasets import MNIST  # takes a second to import, and only this needs it
 
-    try:
-        with FileLock(DATA / "MNIST.lock"):  # two notebooks must not unpack at the same time
-            parts = [MNIST(DATA, train=train, download=True) for train in (True, False)]
-    except OSError as error:  # a folder that cannot be written, a full disk
-        raise RuntimeError(f"MNIST cannot be unpacked in {DATA}: {error}") from error
-    except Exception as error:
-        advice = f"delete the files without .gz in {DATA / 'MNIST' / 'raw'} and run again"
-        raise RuntimeError(f"MNIST is damaged or missing ({error}): {advice}") from error
-    # 0.1307 and 0.3081 are the mean and the standard deviation of the training pixels.
-    train, test = (
-        Digits(  # each step in place: the training images take 188 MB
-            part.data.to(device, torch.float32).div_(255).sub_(0.1307).div_(0.3081),
-            part.targets.to(device),
-        )
-        for part in parts
-    )
-    return subset(train, slice(50_000)), subset(train, slice(50_000, None)), test
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:  # `data/` may be read-only, or others unpack, too
+        archives = shutil.ignore_patterns("*-ubyte")
+        shutil.copytree(DATA / "MNIST", Path(folder, "MNIST"), ignore=archives)
+        for train_part in (True, False):
+            part = MNIST(folder, train=train_part, download=True)
+            images = part.data.to(device, torch.float32)
+            images.div_(255).sub_(MEAN).div_(STD)  # in place: the training images take 188 MB
+            parts.append(Digits(images, part.targets.to(device)))
+    known, test = parts
+    return subset(known, slice(50_000)), subset(known, slice(50_000, None)), test
 
 
 def subset(digits: Digits, chosen: slice | torch.Tensor) -> Digits:
@@ -97,51 +192,24 @@ class RichBoyNet(nn.Module):
 def train_classifier(
     model: nn.Module, data: Digits, batches: int, batch_size: int, lr: float = 1e-3
 ) -> list[float]:
-    """Train with Adam and cross-entropy on shuffled mini-batches, in place.
+    """Train by cross-entropy on shuffled mini-batches, in place, and return the losses.
 
-    Only parameters with `requires_grad` are trained. Every example is drawn once before any is
-    drawn again. The learning rate falls linearly from `lr` to zero, so that the result does not
-    depend on the last few batches.
-
-    Returns:
-        The loss of each batch, before the step it causes.
-
-    Raises:
-        ValueError: there are no data, no batches, or nothing to train.
+    Every example is drawn once before any is drawn again.
     """
     count, device = len(data.labels), data.labels.device
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not (count and trainable and batches > 0 and batch_size > 0):
+    if not (count and batches > 0 and batch_size > 0):
         raise ValueError(
-            f"nothing to train: {len(trainable)} trainable tensors, {count} examples, "
-            f"{batches} batches of {batch_size}"
+            f"nothing to train on: {count} examples, {batches} batches of {batch_size}"
         )
-    optimizer = torch.optim.Adam(trainable, lr=lr, fused=True)  # the same step, in one call
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / batches)
     epochs = math.ceil(batches * batch_size / count)
     order = torch.cat([torch.randperm(count, device=device) for _ in range(epochs)])
-    losses = []
-    with _mode(model, training=True):
-        for batch in tqdm(order[: batches * batch_size].view(batches, batch_size), leave=False):
-            loss = F.cross_entropy(model(data.images[batch]), data.labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())  # .item() would wait for the GPU in each step
-    return torch.stack(losses).tolist()
+    chosen = order[: batches * batch_size].view(batches, batch_size)
 
+    def loss_of(step: int) -> torch.Tensor:
+        batch = chosen[step]
+        return F.cross_entropy(model(data.images[batch]), data.labels[batch])
 
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put a model into training or evaluation mode inside a `with` block."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
+    return train(model, loss_of, batches, lr)
 
 
 def pretrained_richboynet(device: torch.device) -> RichBoyNet:
@@ -154,8 +222,8 @@ def pretrained_richboynet(device: torch.device) -> RichBoyNet:
 @torch.no_grad()
 def errors_per_digit(model: nn.Module, data: Digits) -> torch.Tensor:
     """Count the wrong answers for each true digit: a tensor of 10 whole numbers, on the CPU."""
-    with _mode(model, training=False):
-        wrong = model(data.images).argmax(dim=1) != data.labels
+    model.eval()
+    wrong = model(data.images).argmax(dim=1) != data.labels
     return torch.bincount(data.labels[wrong], minlength=10).cpu()
 
 
@@ -170,26 +238,32 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
-def load_language_model(name: str, device: torch.device) -> tuple[nn.Module, Callable]:
+def load_language_model(
+    name: str, device: torch.device
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Return a model in float32 and its tokenizer, from a folder in `data/` or from the Hub.
 
     Raises:
-        OSError: there is no such model.
-        ValueError: its linear layers do not have the seven names in ATTENTION and MLP.
+        OSError: there is no such model, or it cannot be loaded.
+        ValueError: LoRA in the layers named in ATTENTION and MLP would not reach all of it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds to import
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source = DATA / name if (DATA / name).is_dir() else name
+    here = (DATA / name).is_dir()
+    source = DATA / name if here else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source).float()
-    except OSError as error:
-        raise OSError(f"{name!r} is no folder in data/, and cannot be had from the Hub") from error
+    except Exception as error:  # many kinds, of three libraries
+        trouble = f"is damaged: {error}" if here else "is no folder in data/, nor on the Hub"
+        raise OSError(f"{str(source)!r} {trouble}") from error
+    advice = "take a dense Llama, Mistral, Qwen or Gemma"
+    if experts := [n for n, parameter in model.named_parameters() if parameter.ndim > 2]:
+        raise ValueError(f"{name!r} has weights in no linear layer, as {experts[0]}: {advice}")
     linear = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if missing := set(ATTENTION + MLP) - linear:
-        advice = "take a Llama, Mistral, Qwen or Gemma"
         raise ValueError(f"{name!r} has no linear layers {sorted(missing)}: {advice}")
     return model.to(device).eval(), tokenizer
 
@@ -201,12 +275,19 @@ def load_text(name: str) -> tuple[str, str, str]:
     return text[:eight], text[eight:nine], text[nine:]
 
 
-def encode(tokenizer: Callable, text: str, device: torch.device) -> torch.Tensor:
-    """Return the numbers of a text's tokens, without a token that would mark its start."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, device=device)
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", text: str, device: torch.device, least: int = 0
+) -> torch.Tensor:
+    """Return the numbers of a text's tokens, `least` or more, without one that marks its start."""
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, device=device)
+    if len(tokens) < least:
+        raise ValueError(f"the text is too short: {len(tokens)} tokens, {least} are needed")
+    return tokens
 
 
-def token_bits(model: nn.Module, tokenizer: Callable, windows: torch.Tensor) -> torch.Tensor:
+def token_bits(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", windows: torch.Tensor
+) -> torch.Tensor:
     """Return the bits of each token but the first in each window (windows × tokens)."""
     # The token with which some models start a text; the small one has none.
     opening = torch.tensor([tokenizer("").input_ids], dtype=torch.long, device=windows.device)
@@ -217,39 +298,37 @@ def token_bits(model: nn.Module, tokenizer: Callable, windows: torch.Tensor) -> 
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, tokenizer: Callable, text: str) -> float:
-    """Return the model's bits per byte, with at most 128 tokens to look back on."""
-    windows = encode(tokenizer, text, model.device).unfold(0, 129, 128)
+def bits_per_byte(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str
+) -> float:
+    """Return the model's bits per byte, with at most 128 tokens to look back on.
+
+    Only whole windows of 128 tokens are measured: the text must have 129 tokens or more, and up to
+    127 at its end do not count.
+    """
+    windows = encode(tokenizer, text, model.device, least=129).unfold(0, 129, 128)
     bits = sum(token_bits(model, tokenizer, part).sum().item() for part in windows.split(16))
     return bits / len(tokenizer.decode(windows[:, 1:].flatten()).encode())
 
 
 def train_language_model(
-    model: nn.Module,
-    tokenizer: Callable,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     text: str,
     steps: int,
-    rate: float,
+    lr: float,
     seed: int,
-    start: int = 0,
-    stop: int | None = None,
-    state: dict | None = None,
-) -> dict:
-    """Train what needs a gradient with Adam, in place, and return the optimizer's state.
+) -> list[float]:
+    """Train to predict each next token, in place, and return the losses, in bits per token.
 
-    A step takes 8 pieces of 64 tokens from anywhere in the text; the rate falls to zero. To
-    interrupt a training, `stop` at a step; to resume it, `start` there, with the state returned.
+    A step takes 8 pieces of 65 tokens from anywhere in the text.
     """
-    tokens, generator = encode(tokenizer, text, model.device), torch.Generator().manual_seed(seed)
+    tokens = encode(tokenizer, text, model.device, least=65)
+    generator = torch.Generator().manual_seed(seed)
     places = torch.randint(len(tokens) - 64, (steps, 8, 1), generator=generator)
     pieces = places.to(tokens.device) + torch.arange(65, device=tokens.device)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
-    if state is not None:
-        optimizer.load_state_dict(state)
-    for step in range(start, steps if stop is None else stop):
-        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
-        loss = token_bits(model, tokenizer, tokens[pieces[step]]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return optimizer.state_dict()
+
+    def loss_of(step: int) -> torch.Tensor:
+        return token_bits(model, tokenizer, tokens[pieces[step]]).mean()
+
+    return train(model, loss_of, steps, lr)

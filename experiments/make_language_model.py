@@ -1,6 +1,6 @@
 """Make the small language model of notebook 7, a Llama that has read Jane Austen.
 
-python experiments/make_language_model.py               writes data/language_model; 7 to 10 CPU minutes
+python experiments/make_language_model.py               writes data/language_model: 10 CPU minutes
 python experiments/make_language_model.py FOLDER STEPS  writes FOLDER, after STEPS steps
 
 The folder looks like one from the Hugging Face Hub: config.json, model.safetensors in 16 bits, a
@@ -23,7 +23,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from lora_tasks import DATA, bits_per_byte  # noqa: E402
+
 HELD_OUT = "austen_prideandprejudice"  # its last tenth
 VOCABULARY, BATCH, CONTEXT, STEPS, SEED = 1024, 16, 128, 2000, 0
 END = "<|endoftext|>"
@@ -125,16 +127,6 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int) -> float:
         if step % 100 == 99:
             print(f"step {step + 1}: {loss.item():.3f} nats per token", flush=True)
     return sum(losses[-50:]) / len(losses[-50:])
-
-
-@torch.no_grad()
-def bits_per_byte(model: LlamaForCausalLM, tokenizer, text: str) -> float:
-    """Return how many bits the model spends on each byte of a text, in windows of CONTEXT."""
-    tokens = torch.tensor(tokenizer(text).input_ids)
-    windows = tokens.unfold(0, CONTEXT + 1, CONTEXT)
-    logits = model(windows[:, :-1], use_cache=False).logits
-    nats = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
-    return nats.item() / math.log(2) / len(tokenizer.decode(windows[:, 1:].flatten()).encode())
 
 
 def main(folder: str = str(DATA / "language_model"), steps: str = str(STEPS)) -> None:

@@ -1,6 +1,6 @@
 """What do four, three and two bits cost? The trainings whose results notebook 8 shows.
 
-python experiments/sweep_four_bits.py    writes data/four_bits.json; about 17 CPU minutes
+python experiments/sweep_four_bits.py    writes data/four_bits.json; 17 CPU minutes
 
 Each training adapts the small language model to the Bible with LoRA of rank 4 on its seven kinds
 of layer, whose weights were rounded first. Seed CHOICE is measured on validation text alone, and
@@ -8,7 +8,6 @@ chooses each method's learning rate. The seeds RESULT took no part in the choice
 on the Bible's test text, and on Austen. The file is written after each training.
 """
 
-import json
 import sys
 import time
 from functools import partial
@@ -16,13 +15,19 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT), str(ROOT / "tools")]
-from sweep_language_model import best_rate  # noqa: E402
-
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from experiments.stored import store  # noqa: E402
+from experiments.sweep_language_model import best_rate  # noqa: E402
+from lora_bits import (  # noqa: E402
+    NF4,
+    checksum,
+    lloyd_max,
+    normal_float,
+    round_layers,
+    start_factors,
+)
 from lora_tasks import (  # noqa: E402
     ATTENTION,
-    DATA,
     MLP,
     bits_per_byte,
     load_language_model,
@@ -31,35 +36,19 @@ from lora_tasks import (  # noqa: E402
 )
 from lora_utils import add_lora, lora_layers  # noqa: E402
 
-RESULT_FILE = DATA / "four_bits.json"
 STEPS, RANK, CHOICE, RESULT = 120, 4, 0, tuple(range(100, 110))
 BASES = ("32 bits", "4 bits", "3 bits", "2 bits")
 # At 2 bits, also with other starts of the factors than A random and B zero.
 STARTS = ("LoftQ", "LoftQ, subtracted", "random, subtracted")
 METHODS = [(base, "zero") for base in BASES] + [("2 bits", start) for start in STARTS]
-
-
-def taught(*cells: str) -> dict:
-    """Return the names that these cells of notebook 8 define: what it teaches is used here."""
-    notebook = json.loads((ROOT / "notebooks" / "08_four_bits.ipynb").read_text(encoding="utf-8"))
-    names: dict = {}
-    for cell in notebook["cells"]:
-        if cell["id"] in cells:
-            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
-    return names
-
-
-NEEDED = "imports imports-lora imports-language normal-float quantize error-density lloyd checksum"
-NOTEBOOK = taught(*NEEDED.split(), "round-layers", "start-factors")
-CODES = {"4 bits": NOTEBOOK["normal_float"](4)}
-CODES |= {f"{n} bits": NOTEBOOK["lloyd_max"](NOTEBOOK["normal_float"](n)) for n in (3, 2)}
+CODES = {"4 bits": NF4} | {f"{n} bits": lloyd_max(normal_float(n)) for n in (3, 2)}
 
 
 def load(base: str):
     """Return the language model with the seven layers' weights rounded, and its tokenizer."""
     model, tokenizer = load_language_model("language_model", torch.device("cpu"))
     if base in CODES:
-        NOTEBOOK["round_layers"](model, CODES[base])
+        round_layers(model, ATTENTION + MLP, CODES[base])
     return model, tokenizer
 
 
@@ -71,7 +60,7 @@ def adapt(base: str, start: str, text: str, rate: float, seed: int):
     if start != "zero":
         exact, _ = load("32 bits")
         for name, layer in lora_layers(model).items():
-            NOTEBOOK["start_factors"](layer, exact.get_submodule(name).weight, start)
+            start_factors(layer, exact.get_submodule(name).weight, start)
     train_language_model(model, tokenizer, text, STEPS, rate, seed)
     return model, tokenizer
 
@@ -79,12 +68,16 @@ def adapt(base: str, start: str, text: str, rate: float, seed: int):
 def reference() -> dict:
     """Return bitsandbytes' results on the language model's weights: the first, and a checksum."""
     import bitsandbytes
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import quantize_4bit
 
     def theirs(weight: torch.Tensor) -> tuple:
         settings = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": False}
         packed, state = quantize_4bit(weight, **settings)
-        return packed.flatten(), state.absmax, dequantize_4bit(packed, state)
+        packed = packed.flatten()
+        values = state.code[torch.stack([packed >> 4, packed & 15], dim=1).flatten().int()]
+        scales = state.absmax.repeat_interleave(64)[: weight.numel()]
+        # Not their dequantize_4bit, which from 0.49.0 on is wrong on some CPUs, at some shapes.
+        return packed, state.absmax, (values[: weight.numel()] * scales).view(weight.shape)
 
     model, _ = load("32 bits")
     weights = [
@@ -94,26 +87,14 @@ def reference() -> dict:
     ]
     packed, scales, back = theirs(weights[0])
     first = {"bytes": packed[:8], "scales": scales[:4], "weights": back.flatten()[:4]}
-    checksum = NOTEBOOK["checksum"](theirs, weights)
-    found = {"version": bitsandbytes.__version__, "checksum": checksum}
+    found = {"version": bitsandbytes.__version__, "checksum": checksum(theirs, weights)}
     return found | {name: numbers.tolist() for name, numbers in first.items()}
 
 
 def write(found: dict) -> None:
-    """Write what was found so far, one line a method: a file whose changes can be read."""
-    made = {
-        "command": "python experiments/sweep_four_bits.py",
-        "numbers": "bits per byte; those of 'test' and 'Austen' at the rate best on validation",
-        "seeds": RESULT,
-        "torch": torch.__version__,
-        "CPU seconds": round(time.process_time()),
-    }
-    parts = []
-    for part, rows in ({"made": made} | found).items():
-        lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
-        parts.append(f'"{part}": {{\n' + ",\n".join(lines) + "\n}")
-    text = "{" + ",\n".join(parts) + "}\n"
-    RESULT_FILE.write_text(text, encoding="utf-8", newline="\n")
+    """Store what was found so far."""
+    facts = "bits per byte; those of 'test' and 'Austen' at the rate best on validation"
+    store("four_bits.json", found, time.process_time(), numbers=facts, seeds=RESULT)
 
 
 def main() -> None:

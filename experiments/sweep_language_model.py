@@ -1,26 +1,26 @@
 """Where should LoRA sit, and does it forget less? The trainings whose results notebook 7 shows.
 
-python experiments/sweep_language_model.py    writes data/language_model_sweep.csv; about 18 CPU minutes
+python experiments/sweep_language_model.py    writes data/language_model_sweep.json; 18 CPU minutes
 
 Each training adapts the small language model to the Bible, as notebook 7 does. The seed CHOICE is
 measured on validation text alone, and chooses the learning rate of each method. The seeds RESULT
-took no part in the choice. They are measured on the Bible's test text, and on Austen.
+took no part in the choice. They are measured on the Bible's test text, and on Austen. The results
+are bits per byte: for each method, text and learning rate a list, one number a seed.
 """
 
 import copy
-import csv
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from experiments.stored import store  # noqa: E402
 from lora_tasks import (  # noqa: E402
     ATTENTION,
-    DATA,
     MLP,
     bits_per_byte,
     load_language_model,
@@ -93,42 +93,41 @@ def main() -> None:
     training, validation, test = load_text("kjv")
     _, _, held_out = load_text("austen_prideandprejudice")
 
-    with open(DATA / "language_model_sweep.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("method", "rate", "seed", "text", "bits per byte"))
+    found: dict = {}
 
-        def measure(method: str, rate: float, seed: int, texts: dict) -> float:
-            """Train once, write one line for each text, and return the first result."""
-            model, tokenizer = adapt(method, training, rate, seed)
+    def note(method: str, rate: float, model, texts: dict) -> float:
+        """Measure a model on each text, store the results so far, and return the first."""
+        bits = {name: round(bits_per_byte(*model, text), 4) for name, text in texts.items()}
+        for name, b in bits.items():
+            found.setdefault(method, {}).setdefault(name, {}).setdefault(f"{rate:g}", []).append(b)
+        seeds = {"validation": [CHOICE], "test, Austen": RESULT}
+        store("language_model_sweep.json", found, time.process_time(), seeds=seeds)
+        return next(iter(bits.values()))
 
-            def write(label: str) -> float:
-                bits = {name: bits_per_byte(model, tokenizer, t) for name, t in texts.items()}
-                writer.writerows((label, rate, seed, name, f"{b:.4f}") for name, b in bits.items())
-                file.flush()
-                return next(iter(bits.values()))
+    def measure(method: str, rate: float, seed: int, texts: dict) -> float:
+        """Train once, measure, and return the first result."""
+        model, tokenizer = adapt(method, training, rate, seed)
+        result = note(method, rate, (model, tokenizer), texts)
+        whole = copy.deepcopy(model.state_dict())
+        if WEAKENED.get(method) == rate and seed in RESULT:
+            for strength in STRENGTHS:
+                model.load_state_dict(whole)
+                weaken(model, strength)
+                note(f"{method} × {strength}", rate, (model, tokenizer), texts)
+        return result
 
-            result, whole = write(method), copy.deepcopy(model.state_dict())
-            if WEAKENED.get(method) == rate and seed in RESULT:
-                for strength in STRENGTHS:
-                    model.load_state_dict(whole)
-                    weaken(model, strength)
-                    write(f"{method} × {strength}")
-            return result
-
-        texts = {"test": test, "Austen": held_out}
-        base = load()
-        for name, text in texts.items():
-            writer.writerow(("base", 0, "", name, f"{bits_per_byte(*base, text):.4f}"))
-        for method in METHODS:
-            rates = (2e-3, 4e-3, 8e-3) if method == "full" else (1e-2, 2e-2, 4e-2)
-            choice = {"seed": CHOICE, "texts": {"validation": validation}}
-            best = best_rate(partial(measure, method, **choice), rates)
-            for rate in sorted({best, *FRONTIER.get(method, ())}):
-                for seed in RESULT:
-                    measure(method, rate, seed, texts)
-        for rate in CONTROL_RATES:
+    texts = {"test": test, "Austen": held_out}
+    note("base", 0, load(), texts)
+    for method in METHODS:
+        rates = (2e-3, 4e-3, 8e-3) if method == "full" else (1e-2, 2e-2, 4e-2)
+        choice = {"seed": CHOICE, "texts": {"validation": validation}}
+        best = best_rate(partial(measure, method, **choice), rates)
+        for rate in sorted({best, *FRONTIER.get(method, ())}):
             for seed in RESULT:
-                measure(CONTROL, rate, seed, texts)
+                measure(method, rate, seed, texts)
+    for rate in CONTROL_RATES:
+        for seed in RESULT:
+            measure(CONTROL, rate, seed, texts)
 
 
 if __name__ == "__main__":
