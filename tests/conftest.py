@@ -37,10 +37,15 @@ def adapt(request):
     return adapt
 
 
+def bits(tensor):
+    """Return the bytes of a tensor, if it has any."""
+    return "meta" if tensor.is_meta else tensor.clone().view(-1).view(torch.uint8).tolist()
+
+
 def describe(model):
     """Return all that a failed call must not change: bits, flags, types, modes and strengths."""
     return (
-        {name: (t.dtype, t.shape, repr(t.tolist())) for name, t in model.state_dict().items()},
+        {name: (t.dtype, t.shape, bits(t)) for name, t in model.state_dict().items()},
         {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()},
         [(name, id(m), type(m), m.training) for name, m in model.named_modules()],
         [m.strength for m in model.modules() if isinstance(m, lora_utils.LoRAFactors)],

@@ -96,6 +96,11 @@ def test_the_state_dict_is_a_copy_that_loads_into_the_same_parameters():
         (lambda s: s.update(new=torch.ones(1)), ["new"]),
         (lambda s: s.update({"fc2.lora_B": torch.ones(2, 4)}), ["fc2.lora_B", (2, 4), (4, 2)]),
         (lambda s: s.update({"fc2.lora_B": torch.ones(1)}), ["fc2.lora_B", (1,), (4, 2)]),
+        (lambda s: s.update({"fc2.lora_B": np.ones((4, 2))}), ["fc2.lora_B", "array"]),
+        (lambda s: s.update({"fc2.lora_B": torch.ones(4, 2).int()}), ["fc2.lora_B", "tensor([[1"]),
+        (lambda s: s.update({"fc2.lora_B": s["fc2.lora_B"].to("meta")}), ["fc2.lora_B", "meta"]),
+        (lambda s: s["fc2.lora_B"].fill_(torch.nan), ["fc2.lora_B", "NaN"]),
+        (lambda s: s.update({"fc2.lora_B": torch.ones(4, 2).double() * 1e300}), ["infinity"]),
     ],
 )
 def test_a_state_dict_that_does_not_fit_is_refused(refused, fault, named):
@@ -105,17 +110,80 @@ def test_a_state_dict_that_does_not_fit_is_refused(refused, fault, named):
         lora.load_lora_state_dict(model, state)
 
 
-def test_load_replaces_the_lora_that_is_there_and_keeps_the_dtype(folder):
+def test_numbers_are_never_copied_to_where_none_are_kept(refused, folder):
+    state = lora.lora_state_dict(trained())
+    with torch.device("meta"):
+        plain, adapted = small_net(), trained()
+    for model in (plain, adapted):
+        with refused(model, "offloaded"):
+            lora.load_adapter(model, folder)
+    with refused(adapted, "meta"):
+        lora.load_lora_state_dict(adapted, state)
+    with refused(adapted, "whole tensor of floats"):
+        lora.save_adapter(adapted, folder)
+
+
+def test_a_model_that_accelerate_has_offloaded_is_refused(refused, folder):
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(small_net(), torch.device("cpu"))
+    with refused(model, "fc1", "offloaded"):
+        lora.add_lora(model, 1, 1, ["fc1"])
+    with refused(model, "fc1", "offloaded"):
+        lora.load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_load_takes_factors_of_any_float_and_keeps_their_precision(folder, dtype):
+    expected = factors_in(folder)[1]
+    edit(folder, factors=lambda t: t.update({name: t[name].to(dtype) for name in t}))
+    for base in (torch.bfloat16, torch.float64):
+        lora.load_adapter(model := small_net(base), folder)
+        state = lora.lora_state_dict(model)
+        assert {t.dtype for t in state.values()} == {
+            torch.float64 if base == torch.float64 else torch.float32
+        }
+        for name, numbers in expected.items():
+            torch.testing.assert_close(
+                state[name].float(), torch.tensor(numbers), rtol=0.01, atol=0
+            )
+
+
+def test_load_replaces_the_lora_that_is_there(folder):
     model = trained(4, 9, ["fc1"], small_net(torch.bfloat16))
     weight = model.fc1.base.weight
     lora.set_lora_strength(model, 0.5)
+    model.requires_grad_(True)
     lora.load_adapter(model, folder)
     assert model.fc1.base.weight is weight and list(lora.lora_layers(model)) == ["fc1", "fc2"]
     assert (model.fc1.rank, model.fc1.alpha, model.fc1.strength) == (2, 3, 1)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {*factors_in(folder)[1]}
     lora.save_adapter(trained(targets=["fc2"]), folder)
     lora.load_adapter(model, folder)
     assert type(model.fc1) is nn.Linear and list(lora.lora_layers(model)) == ["fc2"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "targets"), [(2, 3, ["fc1", "fc2"]), (1, 3, ["fc1", "fc2"]), (2, 3, ["fc2"])]
+)
+def test_an_optimizer_goes_on_if_the_settings_are_those_of_the_file(folder, rank, alpha, targets):
+    model = trained(rank, alpha, targets)
+    lora.set_lora_strength(model, 0.5)
+    known = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(known, lr=0.1)
+    lora.load_adapter(model, folder)
+    loaded = lora.lora_state_dict(model)
+    assert {name: t.tolist() for name, t in loaded.items()} == factors_in(folder)[1]
+    assert model.fc2.strength == 1
+    model(torch.ones(3, 6)).sum().backward()
+    optimizer.step()
+    same = (rank, len(targets)) == (2, 2)
+    assert lora_show.same_tensors(lora.lora_state_dict(model), loaded) != same
+
+
+def test_a_state_dict_of_another_alpha_needs_new_layers(folder):
+    model = trained(2, 5)
+    lora.load_adapter(model, folder)
+    assert model.fc1.alpha == 3
 
 
 def test_a_loaded_adapter_no_longer_hangs_on_its_file(folder):
@@ -132,6 +200,37 @@ def test_layers_of_different_settings_cannot_be_saved_together(refused, tmp_path
     with refused(model, (rank, alpha), (2, 3)):
         lora.save_adapter(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
+def test_a_training_that_diverged_is_not_saved(refused, tmp_path, number):
+    model = trained()
+    model.fc2.lora_A.data[1, 3] = number
+    with refused(model, "fc2.lora_A", "NaN"):
+        lora.save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_factor_with_a_type_of_its_own_is_not_saved(refused, tmp_path):  # as DTensor has
+    class Spread(torch.Tensor):
+        pass
+
+    model = trained()
+    model.fc2.lora_A = nn.Parameter(model.fc2.lora_A.detach().as_subclass(Spread))
+    with refused(model, "fc2.lora_A", "Spread"):
+        lora.save_adapter(model, tmp_path)
+
+
+def test_factors_in_any_layout_and_shared_ones_are_saved(tmp_path):
+    model = trained(
+        2, 3, model=nn.Sequential(OrderedDict(fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 8)))
+    )
+    model.fc1.lora_A = nn.Parameter(torch.randn(8, 2).T)
+    model.fc2.lora_A = model.fc1.lora_A
+    lora.save_adapter(model, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS)
+    for name in ("fc1", "fc2"):
+        assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], model.fc1.lora_A)
 
 
 # --- Parity with PEFT ------------------------------------------------------------------
@@ -165,6 +264,86 @@ def test_peft_loads_what_we_save(peft, tmp_path, rank, alpha, targets):
     assert lora.count_parameters(theirs) == lora.count_parameters(model)
     with lora.lora_disabled(model), theirs.disable_adapter():
         assert torch.equal(theirs(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_training_steps_are_those_of_peft(peft, tmp_path, dtype):
+    plain, x = small_net(dtype), torch.randn(5, 6, dtype=dtype)
+    lora.save_adapter(ours := trained(model=copy.deepcopy(plain)), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)
+    assert {p.dtype for p in ours.parameters()} == {p.dtype for p in theirs.parameters()}
+    exactly = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
+    for _ in range(3):
+        for model in (ours, theirs):
+            torch.testing.assert_close(ours(x), theirs(x), **exactly)
+            model.zero_grad()
+            model(x).float().square().sum().backward()
+        for model in (ours, theirs):
+            torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2).step()
+    for name, factor in theirs.named_parameters():
+        if "lora_" in name:
+            name = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            torch.testing.assert_close(ours.get_parameter(name), factor)
+
+
+def test_a_rank_above_the_narrow_side_loads(peft, tmp_path):
+    plain, x = small_net(), torch.randn(5, 6)
+    theirs = save_with_peft(peft, tmp_path, copy.deepcopy(plain), r=20)
+    lora.load_adapter(plain, tmp_path)
+    assert plain.fc2.rank == 20
+    torch.testing.assert_close(plain(x), theirs(x))
+
+
+def tiny(kind):
+    import transformers
+
+    size = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "llama":
+        config = transformers.LlamaConfig(intermediate_size=24, num_key_value_heads=1, **size)
+        return transformers.LlamaForCausalLM(config).eval()
+    if kind == "bloom":  # multiplies by slices of dense.weight
+        config = transformers.BloomConfig(pretraining_tp=2, slow_but_exact=True, **size)
+        return transformers.BloomForCausalLM(config).eval()
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2
+    )
+    return transformers.T5EncoderModel(config).eval()  # asks for wo.weight.dtype
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [("t5", "wo"), ("bloom", "dense"), ("llama", "lm_head")]
+)
+def test_models_that_read_a_weight_see_the_update(peft, kind, target):
+    model, ids = tiny(kind), torch.tensor([[1, 2, 3]])
+    base = model(ids)[0]
+    trained(2, 8, [target], model)
+    adapted = model(ids)[0]
+    assert not torch.allclose(adapted, base, atol=1e-3)
+    if kind == "llama":
+        head = model.get_output_embeddings()
+        assert torch.equal(head.weight, head.base.weight + head.delta_W())
+    for layer in lora.lora_layers(model).values():
+        layer.base.weight.data = layer.base.weight.clone()  # no longer tied
+    lora.merge_lora(model)
+    torch.testing.assert_close(model(ids)[0], adapted)
+
+
+def test_the_auto_classes_of_peft_find_the_base(peft, refused, tmp_path):
+    import transformers
+
+    tiny("llama").save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    trained(2, 8, ["q_proj", "v_proj"], model)
+    lora.save_adapter(model, folder := tmp_path / "adapter")
+    ids = torch.tensor([[1, 2, 3]])
+    for auto in (peft.AutoPeftModelForCausalLM, peft.AutoPeftModel):
+        theirs = auto.from_pretrained(folder)
+        torch.testing.assert_close(theirs(ids).logits, model(ids).logits)
+    with refused(wrong := tiny("llama").model, "'model.layers.0.self_attn.q_proj'", "there are"):
+        lora.load_adapter(wrong, folder)
+    # Where the base lies is not what the adapter computes: it may be edited.
+    edit(folder, lambda config: config.update(base_model_name_or_path="on/the-hub"))
+    lora.load_adapter(model, folder)
 
 
 @pytest.mark.parametrize(("rank", "alpha", "targets"), SETTINGS)
@@ -242,23 +421,54 @@ def test_a_folder_that_lacks_a_file_is_refused(model, refused, folder, name):
     for path in (folder, str(folder), folder / "none", folder / CONFIG):
         with refused(model, path, error=FileNotFoundError):
             lora.load_adapter(model, path)
-    with refused(model, name, error=FileNotFoundError):
+    (folder / "adapter_model.bin").touch()  # of an older PEFT
+    with refused(model, name, "adapter_model.bin", error=FileNotFoundError):
         lora.load_adapter(model, folder)
 
 
-NOT_PLAIN = "use_rslora use_dora use_qalora fan_in_fan_out rank_pattern alpha_pattern".split()
-NOT_PLAIN += ["alora_invocation_tokens", "layer_replication"]
-SETTINGS_FAULTS = [({"r": rank}, repr(rank)) for rank in (0, 9, 2.5, "2", None)]
+def test_a_pointer_of_git_lfs_is_called_so(model, refused, folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (folder / WEIGHTS).write_text(pointer)
+    with refused(model, folder, "git lfs pull"):
+        lora.load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("settings", ["{", "[1]", "5", "null"])
+def test_a_damaged_copy_of_the_settings_is_refused(model, refused, folder, settings):
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={CONFIG: settings})
+    with refused(model, folder, "damaged"):
+        lora.load_adapter(model, folder)
+
+
+SETTINGS_FAULTS = [({"r": rank}, repr(rank)) for rank in (0, 2.5, "2", None, True)]
+SETTINGS_FAULTS += [({"r": 9}, "(2, 6)"), ({"r": 10**9}, "(2, 6)")]
 SETTINGS_FAULTS += [({"lora_alpha": alpha}, repr(alpha)) for alpha in (0, "3", None)]
 SETTINGS_FAULTS += [({"peft_type": kind}, CONFIG) for kind in ("LOHA", None)]
-SETTINGS_FAULTS += [({name: [1]}, name) for name in NOT_PLAIN] + [({"r": 1}, "(2, 6)")]
-SETTINGS_FAULTS += [({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights")]
+EXTRAS = [({name: [1]}, name) for name in lora.NOT_PLAIN_LORA]
+EXTRAS += [({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights")]
+
+
+@pytest.mark.parametrize(("extra", "named"), EXTRAS)
+@pytest.mark.parametrize("keep_copy", [True, False])
+def test_a_setting_that_changes_what_is_computed_is_refused(
+    model, refused, folder, extra, named, keep_copy
+):
+    edit(folder, lambda config: config.update(extra), keep_copy=keep_copy)
+    with refused(model, named, "not plain LoRA"):
+        lora.load_adapter(model, folder)
+
+
+def test_the_settings_that_change_what_is_computed_are_those_of_peft(peft):
+    known = peft.LoraConfig().to_dict()
+    assert {*lora.NOT_PLAIN_LORA} - {"use_qalora", "alora_invocation_tokens"} <= {*known}
+    assert not any(known.get(name) for name in lora.NOT_PLAIN_LORA)
 
 
 @pytest.mark.parametrize(("fault", "named"), SETTINGS_FAULTS)
 def test_a_wrong_setting_is_refused_with_and_without_our_copy(model, refused, folder, fault, named):
     edit(folder, lambda config: config.update(fault))
-    with refused(model, CONFIG, WEIGHTS):
+    with refused(model, CONFIG):
         lora.load_adapter(model, folder)
     edit(folder, keep_copy=False)
     with refused(model, named):
@@ -292,14 +502,19 @@ A1, B1 = (f"base_model.model.fc1.lora_{factor}.weight" for factor in "AB")
     ("fault", "named"),
     [
         (lambda t: t.pop(A1), ["fc1.lora_A"]),
-        (lambda t: t.update({A1.replace("fc1", "fc3"): torch.ones(2, 6)}), ["fc3"]),
+        (lambda t: t.update({A1.replace("fc1", "fc3"): torch.ones(2, 6)}), ["fc3", "fc1, fc2"]),
+        (lambda t: t.update({A1.replace("fc1", "a.fc1"): torch.ones(2, 6)}), ["a.fc1", "are fc1"]),
+        (lambda t: t.update({A1: t[A1].to(torch.int8)}), ["fc1.lora_A", "floats"]),
+        (lambda t: t[A1].fill_(torch.inf), ["fc1.lora_A", "infinity"]),
         (lambda t: t.update({A1.replace("fc1", "relu"): torch.ones(2, 6)}), ["relu", "fc2"]),
         (lambda t: t.update({"x." + A1: t.pop(A1)}), ["x." + A1]),
+        (lambda t: t.update({A1 + ".x": t.pop(A1)}), [A1 + ".x"]),
+        (lambda t: t.update({A1.replace("_A.", "_C."): t.pop(A1)}), ["lora_C"]),
         (lambda t: t.update({A1: t[A1].T.contiguous()}), ["fc1.lora_A", (6, 2), (2, 6)]),
         (lambda t: t.update({A1: t.pop(B1), B1: t.pop(A1)}), ["fc1.lora_A", (8, 2), (2, 6)]),
         (lambda t: t.update({B1: torch.ones(8, 1)}), ["fc1.lora_B", (8, 1), (8, 2)]),
         (lambda t: t.update({A1: torch.tensor(1.0)}), ["fc1.lora_A", (), (2, 6)]),
-        (lambda t: t.clear(), [WEIGHTS]),
+        (lambda t: t.clear(), ["no factors"]),
     ],
 )
 def test_a_wrong_tensor_is_refused(model, refused, folder, fault, named, keep_copy):
@@ -312,11 +527,8 @@ def test_a_wrong_tensor_is_refused(model, refused, folder, fault, named, keep_co
 
 
 @pytest.mark.parametrize("call", [0, 1])
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_failed_save_leaves_the_old_adapter_or_a_refused_pair(
-    monkeypatch, refused, folder, function, call
-):
-    before, calls, real = contents(folder), [], getattr(os, function)
+def test_a_failed_save_leaves_the_old_adapter_or_a_refused_pair(monkeypatch, refused, folder, call):
+    before, calls, real = contents(folder), [], os.replace
 
     def failing(*arguments):
         calls.append(arguments)
@@ -324,11 +536,11 @@ def test_a_failed_save_leaves_the_old_adapter_or_a_refused_pair(
             raise OSError("no space left on device")
         return real(*arguments)
 
-    monkeypatch.setattr(os, function, failing)
+    monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="no space"):
         lora.save_adapter(trained(1, 5), folder)
-    assert contents(folder).keys() == before.keys()
-    if (function, call) == ("replace", 1):
+    assert [path.name for path in sorted(folder.iterdir())] == [CONFIG, WEIGHTS]
+    if call == 1:
         with refused(model := small_net(), CONFIG):
             lora.load_adapter(model, folder)
     else:
@@ -366,27 +578,6 @@ def test_a_save_killed_anywhere_leaves_the_old_the_new_or_a_refused_pair(
             continue
     assert old in loaded and new in loaded
     assert all(adapter in (old, new) for adapter in loaded)
-
-
-def test_files_are_on_the_disk_before_they_take_their_place(monkeypatch, folder):
-    synced, fsync, replace = [], os.fsync, os.replace
-
-    def noting_fsync(descriptor):
-        status = os.fstat(descriptor)
-        synced.append((status.st_ino, status.st_size))
-        fsync(descriptor)
-
-    def checking_replace(source, target):
-        status = os.stat(source)
-        assert (status.st_ino, status.st_size) in synced
-        synced.append("renamed")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", noting_fsync)
-    monkeypatch.setattr(os, "replace", checking_replace)
-    lora.save_adapter(trained(), folder)
-    assert synced.count("renamed") == 2
-    assert os.name != "posix" or synced[-1][0] == folder.stat().st_ino  # the new names, too
 
 
 SAVES = """
@@ -438,7 +629,7 @@ def test_promises_hold_for_random_models(tmp_path, seed):
     layers = [nn.Linear(i, o, dtype=dtype) for i, o in zip(sizes, sizes[1:], strict=False)]
     model = nn.Sequential(OrderedDict((f"fc{i}", layer) for i, layer in enumerate(layers)))
     names = sorted(rng.sample(list(model._modules), rng.randint(1, len(layers))))
-    rank = rng.randint(1, min(min(model.get_submodule(n).weight.shape) for n in names))
+    rank = rng.randint(1, 8)
     alpha, strength = rng.choice([1, 2 * rank, 0.5]), rng.uniform(-1.5, 1.5)
     x = torch.randn(rng.randint(1, 5), sizes[0], dtype=dtype)
     plain, base = copy.deepcopy(model), model(x)

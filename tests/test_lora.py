@@ -1,13 +1,18 @@
 """The LoRA layers and what you can do with a model that has them, against NumPy and torch."""
 
 import copy
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from torch.nn.utils import parametrize
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize, prune
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_show
@@ -45,15 +50,32 @@ def numpy(tensor):
     return tensor.detach().double().numpy()
 
 
+def test_the_module_needs_torch_and_safetensors_only():
+    heavy = "{'matplotlib', 'IPython', 'torchvision', 'transformers', 'lora_tasks'}"
+    script = f"import sys, lora_utils; print({heavy} & sys.modules.keys())"
+    command = [sys.executable, "-c", script]
+    folder = Path(lora.__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+    assert len(Path(lora.__file__).read_text(encoding="utf-8").splitlines()) <= 450
+
+
 # --- The layers ------------------------------------------------------------------------
 
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+def wide(dtype):
+    """The dtype of the factors over a base of this one."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_factors_start_as_in_the_paper(dtype):
     factors = lora.LoRAFactors(nn.Linear(400, 500, dtype=dtype), 300, 1)
     A, B = factors.lora_A, factors.lora_B
     assert {name for name, _ in factors.named_parameters()} == {"lora_A", "lora_B"}
-    assert A.shape == (300, 400) and B.shape == (500, 300) and A.dtype == B.dtype == dtype
+    assert A.shape == (300, 400) and B.shape == (500, 300) and A.dtype == B.dtype == wide(dtype)
     assert A.requires_grad and B.requires_grad and B.count_nonzero() == 0
     entries = A.flatten().double() * 400**0.5
     assert abs(entries.mean()) < 0.01
@@ -62,7 +84,7 @@ def test_factors_start_as_in_the_paper(dtype):
 
 
 @pytest.mark.parametrize("shape", [(IN,), (4, IN), (2, 3, IN)])
-@pytest.mark.parametrize(("bias", "strength"), [(True, 1), (False, 1), (True, -0.5)])
+@pytest.mark.parametrize(("bias", "strength"), [(True, 1), (False, 1), (True, -0.5), (True, 2.5)])
 def test_outputs_and_gradients_are_those_of_numpy(adapt, shape, bias, strength):
     model, x = one_layer(bias), torch.randn(shape).double().requires_grad_()
     weight, b = numpy(model[0].weight), numpy(model[0].bias) if bias else 0
@@ -81,7 +103,7 @@ def test_outputs_and_gradients_are_those_of_numpy(adapt, shape, bias, strength):
     assert all((p.grad is not None) == ("lora_" in name) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_nothing_is_made_on_the_cpu_by_accident(adapt, dtype):
     with torch.device("meta"):
         model = lora_tasks.RichBoyNet().to(dtype)
@@ -89,7 +111,80 @@ def test_nothing_is_made_on_the_cpu_by_accident(adapt, dtype):
     logits = model(torch.empty(3, 28, 28, dtype=dtype, device="meta"))
     assert logits.shape == (3, 10) and logits.dtype == dtype and logits.is_meta
     logits.sum().backward()
-    assert all(p.is_meta and p.dtype == dtype for p in model.parameters())
+    assert all(p.is_meta for p in model.parameters())
+    assert all(
+        p.dtype == (wide(dtype) if "lora_" in n else dtype) for n, p in model.named_parameters()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_16_bit_base_trains_with_a_scaler_with_and_without_autocast(dtype):
+    for autocast in (True, False):
+        model = trained(square(1).to(dtype), targets=["fc0"])
+        before = lora.lora_state_dict(model)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+        scaler = torch.amp.GradScaler("cpu")
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            out = model(torch.ones(2, 4, dtype=dtype))
+        scaler.scale(out.float().square().mean()).backward()
+        scaler.step(optimizer)
+        assert out.dtype == dtype
+        changed = [not torch.equal(t, before[n]) for n, t in lora.lora_state_dict(model).items()]
+        assert all(changed)
+
+
+def test_a_sum_with_a_16_bit_weight_is_rounded_once(adapt):
+    model = nn.Sequential(nn.Linear(IN, OUT, dtype=torch.bfloat16))
+    W0 = model[0].weight.detach().clone()
+    [factors] = adapt(model, RANK, ALPHA, ["0"])
+    expected = (W0.float() + factors.delta_W()).bfloat16()
+    assert torch.equal(model[0].weight, expected)
+    if isinstance(factors, lora.LoRALinear):
+        lora.merge_lora(model)
+        assert torch.equal(model[0].weight, expected) and model[0].weight.dtype == torch.bfloat16
+
+
+def test_a_layer_with_lora_reads_as_a_linear_layer():
+    layer = trained(one_layer(), targets=["0"])[0]
+    assert (layer.in_features, layer.out_features, layer.bias) == (IN, OUT, layer.base.bias)
+    assert {*layer.state_dict()} == {"lora_A", "lora_B", "base.weight", "base.bias"}
+    x = torch.randn(2, IN).double()
+    torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
+    (layer.weight * torch.randn(OUT, IN)).sum().backward()
+    assert layer.lora_A.grad.count_nonzero() and layer.lora_B.grad.count_nonzero()
+    layer.strength = 0
+    assert layer.weight is layer.base.weight
+    layer.strength, layer.base.weight = 1, WHOLE
+    assert not hasattr(layer, "weight")  # packed numbers are no weight
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_modules_that_read_the_weight_and_do_not_call_the_layer_get_lora(training, gradients):
+    model = nn.TransformerEncoderLayer(4, 2, 8, dropout=0, batch_first=True).train(training)
+    x, base = torch.randn(2, 3, 4), copy.deepcopy(model).requires_grad_(False)
+    trained(model, 2, 4, ["out_proj", "linear1", "linear2"])
+    merged = copy.deepcopy(model)
+    lora.merge_lora(merged)
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(model(x), merged(x))
+        assert not torch.allclose(model(x), base(x), atol=1e-2)
+        with lora.lora_disabled(model):
+            assert torch.equal(model(x), base(x))
+    if gradients:
+        model(x).square().sum().backward()
+        assert all(layer.lora_A.grad.any() for layer in lora.lora_layers(model).values())
+
+
+def test_further_arguments_go_to_the_base():
+    class Scaled(nn.Linear):
+        def forward(self, x, scale=1.0, shift=0.0):
+            return super().forward(x) * scale + shift
+
+    model, x = nn.Sequential(OrderedDict(fc0=Scaled(4, 4))), torch.randn(2, 4)
+    expected = model.fc0(x, 2.0, shift=1.0) + 0
+    trained(model, targets=["fc0"])
+    torch.testing.assert_close(model.fc0(x, 2.0, shift=1.0), expected + x @ model.fc0.delta_W().T)
 
 
 class Operations(TorchDispatchMode):
@@ -119,7 +214,7 @@ def test_the_branch_never_builds_a_matrix_of_the_size_of_W():
 def test_printing_a_model_shows_rank_alpha_and_strength(adapt):
     adapt(model := one_layer(), 3, 7, ["0"])
     lora.set_lora_strength(model, 0.25)
-    assert all(setting in repr(model) for setting in ("rank=3", "alpha=7", "strength=0.25"))
+    assert "rank=3, alpha=7, strength=0.25" in repr(model)
 
 
 # --- Adding ----------------------------------------------------------------------------
@@ -160,11 +255,11 @@ def test_a_second_adapter_leaves_the_first_trainable():
     assert trains == {f"fc{i}.lora_{factor}" for i in range(2) for factor in "AB"}
 
 
-BAD_NAMES = ["nope", "c", "relu", "blocks.0", "base", "", None]  # xfc.base is the layer inside
+BAD_NAMES = ["nope", "c", "relu", "blocks.0", "base", "", None, 0]  # xfc.base is the layer inside
 
 
 @pytest.mark.parametrize(
-    "targets", [*([name] for name in BAD_NAMES), ["fc", "nope"], [], "fc", None]
+    "targets", [*([name] for name in BAD_NAMES), ["fc", "nope"], ["fc", 0], [], "fc", None]
 )
 def test_bad_targets_are_named(refused, targets):
     bad = repr(targets[-1] if isinstance(targets, list) and targets else targets)
@@ -172,39 +267,52 @@ def test_bad_targets_are_named(refused, targets):
         lora.add_lora(model, 1, 1, targets)
 
 
+@pytest.mark.parametrize("kind", [tuple, iter, dict.fromkeys])
+def test_targets_come_in_any_order_that_python_knows(kind):
+    lora.add_lora(model := nested(), 1, 1, kind(["xfc", "fcx"]))
+    assert list(lora.lora_layers(model)) == ["xfc", "fcx"]
+
+
 def test_a_name_that_is_not_there_is_answered_with_those_that_are(refused):
-    with refused(model := nested(), "fc", "xfc", "fcx"):
+    with refused(model := nested(), "there are fc, xfc, fcx"):
         lora.add_lora(model, 1, 1, ["nope"])
-    with refused(layer := nn.Linear(4, 4), "none"):
+    with refused(model, "there are fc, blocks.0.fc"):
+        lora.add_lora(model, 1, 1, ["model.blocks.0.fc"])
+    with refused(layer := nn.Linear(4, 4), "there are none"):
         lora.add_lora(layer, 1, 1, ["fc"])
 
 
-@pytest.mark.parametrize("rank", [0, -1, 11, 2.0, "2", None])
-def test_bad_ranks_are_named_with_the_largest_that_is_possible(refused, rank):
-    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 10))
-    with refused(model, repr(rank)):
-        lora.add_lora(model, rank, 1, ["0", "1"])
+@pytest.mark.parametrize("rank", [0, -1, 2.0, "2", None, True])
+def test_bad_ranks_are_named(refused, rank):
+    model = square()
+    with refused(model, "rank", "whole number above 0", repr(rank)):
+        lora.add_lora(model, rank, 1, ["fc0", "fc1"])
     for form in (lora.LoRALinear, lora.LoRAParametrization):
-        with refused(model, repr(rank), 10):
+        with refused(model, repr(rank)):
             form(model[1], rank, 1)
 
 
-NO_NUMBERS = [float("inf"), float("nan"), "1", None, 1j]
+NO_NUMBERS = [float("inf"), -float("inf"), float("nan"), 10**400, 1e39, "1", None, 1j, True]
 
 
 @pytest.mark.parametrize("number", [*NO_NUMBERS, 0, -1])
 def test_bad_alphas_and_strengths_are_named(adapt, refused, number):
-    with refused(model := square(), repr(number)):
+    with refused(model := square(), "alpha", "a number above 0", repr(number)):
         lora.add_lora(model, 1, number, ["fc0"])
     if number in NO_NUMBERS:
         adapt(model, 1, 1, ["fc0"])
-        with refused(model, repr(number)):
+        with refused(model, "strength", repr(number)):
             lora.set_lora_strength(model, number)
+
+
+def test_a_strength_is_kept_as_a_float():  # torch.compile makes a new program for each whole number
+    lora.set_lora_strength(model := trained(square()), 2)
+    assert type(model.fc0.strength) is float and model.fc0.scaling == 4
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
     model, twin = square(), square()
-    lora.add_lora(model, np.int64(4), np.float32(2), ["fc0", "fc1"])  # 4 is also the largest rank
+    lora.add_lora(model, np.int64(4), np.float32(2), ["fc0", "fc1"])
     lora.set_lora_strength(model, np.float32(0.5))
     assert model.fc0.scaling == 0.25
     model(torch.ones(2, 4)).sum().backward()
@@ -214,20 +322,51 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     lora.merge_lora(model)
 
 
-@pytest.mark.parametrize("name", ["fc1", "fc2", "attn.out_proj", "block.linear1"])
-def test_layers_where_lora_would_fail_are_refused(refused, tmp_path, name):
-    model, plain = square(3), square(3)
-    nn.utils.parametrizations.weight_norm(model.fc1)
-    by_hand = lora.LoRAParametrization(model.fc2, 1, 1)
-    parametrize.register_parametrization(model.fc2, "weight", by_hand)
-    model.attn, model.block = nn.MultiheadAttention(4, 2), nn.TransformerEncoderLayer(4, 2, 4)
-    with refused(model, name):
-        lora.add_lora(model, 1, 1, ["fc0", name])
-    plain.attn, plain.block = nn.Module(), nn.Module()
-    plain.attn.out_proj, plain.block.linear1 = nn.Linear(4, 4), nn.Linear(4, 4)
-    lora.save_adapter(trained(plain, targets=["fc0", name]), tmp_path)
-    with refused(model, name):
-        lora.load_adapter(model, tmp_path)
+def of_accelerate(layer):
+    layer._hf_hook = object()
+    return layer.to("meta")
+
+
+def by_hand(layer):
+    factors = lora.LoRAParametrization(layer, 1, 1)
+    parametrize.register_parametrization(layer, "weight", factors)
+    return layer
+
+
+UNADAPTABLE = {
+    "parametrization": nn.utils.parametrizations.weight_norm,
+    "parametrization already": by_hand,
+    "first forward pass": lambda layer: nn.LazyLinear(4),
+    "complex": lambda layer: layer.to(torch.complex64),
+    "offloaded": of_accelerate,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("fault", UNADAPTABLE)
+def test_layers_where_lora_would_fail_are_refused(unchanged, tmp_path, fault):
+    lora.save_adapter(trained(square(), targets=["fc0", "fc1"]), tmp_path)
+    model = square()
+    model.fc1 = UNADAPTABLE[fault](model.fc1)
+    calls = (lora.add_lora, 1, 1, ["fc0", "fc1"]), (lora.load_adapter, tmp_path)
+    for call, *arguments in calls:
+        with unchanged(model.fc0), pytest.raises(ValueError, match=f"fc1 cannot .*{fault}"):
+            call(model, *arguments)
+        assert type(model.fc0) is nn.Linear
+
+
+def test_batchnorm_that_does_not_move_leaves_the_base_bit_for_bit():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    x, base = 3 * torch.randn(9, 4) + 1, copy.deepcopy(model.eval())
+    lora.add_lora(model, 2, 4, ["0", "2"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()[1].eval()  # as the docstring of lora_disabled advises
+    for _ in range(3):
+        model(x).square().sum().backward()
+        optimizer.step()
+    with lora.lora_disabled(model.eval()):
+        assert torch.equal(model(x), base(x))
+    assert not torch.equal(model(x), base(x))
 
 
 def test_a_layer_in_two_places_is_refused_with_both_names(refused):
@@ -269,17 +408,29 @@ def distributed(model):
 
 @pytest.mark.parametrize(
     ("wrap", "inside"),
-    [(torch.compile, "_orig_mod"), (distributed, "module"), (nn.DataParallel, "module")],
+    [
+        (torch.compile, "_orig_mod"),
+        (distributed, "module"),
+        (nn.DataParallel, "module"),
+        (AveragedModel, "module"),
+        (checkpoint_wrapper, "_checkpoint_wrapped_module"),
+    ],
 )
 def test_wrapped_models_are_refused_with_the_way_out(refused, tmp_path, wrap, inside):
     lora.save_adapter(trained(square()), tmp_path / "saved")
-    for model in (wrap(square()), wrap(trained(square()))):
-        for call, *arguments in [
-            *((lora.merge_lora,), (lora.remove_lora,), (lora.lora_state_dict,)),
-            *((lora.add_lora, 1, 1, ["fc0"]), (lora.load_adapter, tmp_path / "saved")),
-            (lora.save_adapter, tmp_path / "new"),
-        ]:
-            with refused(model, f"model.{inside}"):
+    layer_wrapped = trained(square())
+    layer_wrapped.fc1 = wrap(layer_wrapped.fc1)
+    plain_wrapped = nn.Sequential(OrderedDict(fc0=nn.Linear(4, 4), fc1=wrap(square())))
+    for model in (wrap(square()), wrap(trained(square())), layer_wrapped, plain_wrapped):
+        for call, *arguments in (
+            [lora.merge_lora],
+            [lora.remove_lora],
+            [lora.lora_state_dict],
+            [lora.add_lora, 1, 1, ["fc0"]],
+            [lora.load_adapter, tmp_path / "saved"],
+            [lora.save_adapter, tmp_path / "new"],
+        ):
+            with refused(model, type(wrap(square())).__name__, inside):
                 call(model, *arguments)
     assert not (tmp_path / "new").exists()
 
@@ -313,12 +464,15 @@ def test_disabled_is_the_base_and_ends_where_it_began(adapt):
     assert torch.equal(model(x), adapted) and not torch.equal(adapted, base)
 
 
-CALLS = [lora.merge_lora, lora.remove_lora, lora.lora_state_dict]
-CALLS += [
+CALLS = [
+    lora.merge_lora,
+    lora.remove_lora,
+    lora.lora_state_dict,
     lambda model: lora.set_lora_strength(model, 1),
     lambda model: lora.save_adapter(model, "new"),
+    lambda model: lora.lora_disabled(model).__enter__(),
+    lambda model: lora.load_lora_state_dict(model, {}),
 ]
-CALLS += [lambda model: lora.lora_disabled(model).__enter__()]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -382,19 +536,47 @@ def overflow(state):
     return {name: torch.full_like(tensor, sizes[name]) for name, tensor in state.items()}
 
 
+def test_remove_reaches_every_place_of_a_layer():
+    model = trained(square())
+    model.alias = model.fc0
+    lora.remove_lora(model)
+    assert type(model.alias) is nn.Linear and model.alias is model.fc0
+
+
 WHOLE = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+
+
+class Special(torch.Tensor):
+    """A weight with a type of its own, as DTensor and torchao have."""
+
+
+def special(layer):
+    data = layer.weight.detach().as_subclass(Special)
+    layer.weight = nn.Parameter(data, requires_grad=False)
+
+
+def float8(layer):
+    layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
+
+
 FAULTS = [
     (lambda m: setattr(m.head, "weight", m.fc1.base.weight), ["fc1", "head.weight"]),
     (lambda m: setattr(m.fc0.base, "weight", m.fc1.base.weight), ["fc0", "fc1"]),
     (lambda m: setattr(m.fc1, "strength", 0), ["fc1", "off"]),
-    (lambda m: setattr(m.fc1.base, "weight", WHOLE), ["fc1"]),
-    (lambda m: setattr(m.fc1, "base", Quantised(m.fc1.base)), ["fc1"]),
-    (lambda m: m.fc1.lora_A.data.fill_(torch.nan), ["fc1"]),
-    (lambda m: m.fc1.lora_A.data.fill_(torch.inf), ["fc1"]),
-    (lambda m: m.fc1.load_state_dict(overflow(m.fc1.state_dict())), ["fc1"]),
+    (lambda m: setattr(m.fc1.base, "weight", WHOLE), ["fc1", "dequantise"]),
+    (lambda m: setattr(m.fc1, "base", Quantised(m.fc1.base)), ["fc1", "dequantise"]),
+    (lambda m: special(m.fc1.base), ["fc1", "floats"]),
+    (lambda m: float8(m.fc1.base), ["fc1", "floats"]),
+    (lambda m: m.fc1.to("meta"), ["fc1", "floats"]),
+    (lambda m: nn.utils.weight_norm(m.fc1.base), ["fc1", "fold it in"]),
+    (lambda m: prune.l1_unstructured(m.fc1.base, "weight", 0.5), ["fc1", "fold it in"]),
+    (lambda m: m.fc1.lora_A.data.fill_(torch.nan), ["fc1", "NaN"]),
+    (lambda m: m.fc1.lora_A.data.fill_(torch.inf), ["fc1", "NaN"]),
+    (lambda m: m.fc1.load_state_dict(overflow(m.fc1.state_dict())), ["fc1", "infinity"]),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
 @pytest.mark.parametrize(("fault", "named"), FAULTS)
 def test_a_merge_that_would_do_harm_is_refused(refused, fault, named):
     model = square()
@@ -410,20 +592,31 @@ def test_a_quantised_layer_can_be_a_base(dtype):
     model.fc1 = layer = Quantised(model.fc1)
     before = model(x)
     trained(model, targets=["fc1"])
-    assert model.fc1.lora_A.dtype == model.fc1.lora_B.dtype == dtype
-    expected = before + model.fc0(x) @ model.fc1.delta_W().T
+    assert model.fc1.lora_A.dtype == model.fc1.lora_B.dtype == torch.float32
+    expected = before + model.fc0(x) @ model.fc1.delta_W().to(dtype).T
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(model(x), expected, rtol=tolerance, atol=tolerance)
     lora.remove_lora(model)
     assert model.fc1 is layer and torch.equal(model(x), before)
 
 
-def test_factors_beside_integers_are_floats():
-    model = square().bfloat16()
-    model.fc0.weight = model.fc1.weight = WHOLE
-    model.fc1.bias = None
-    trained(model)
-    assert (model.fc0.lora_A.dtype, model.fc1.lora_A.dtype) == (torch.bfloat16, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lora_trains_over_bitsandbytes(dtype):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    dense, x = nn.Linear(64, 64, bias=False), torch.randn(3, 64, dtype=dtype)
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype)
+    layer.load_state_dict(dense.state_dict())
+    model = nn.Sequential(OrderedDict(fc0=layer.to("cpu")))
+    before = model(x)
+    assert lora.count_parameters(model).total == 64 * 64
+    trained(model, 2, 4, ["fc0"])
+    update = x.float() @ model.fc0.delta_W().T
+    torch.testing.assert_close(model(x).float(), before.float() + update, rtol=0.02, atol=0.05)
+    model(x).sum().backward()
+    assert model.fc0.lora_A.grad.any() and model(x).dtype == dtype
+    assert not hasattr(model.fc0, "weight")
+    lora.remove_lora(model)
+    assert torch.equal(model(x), before)
 
 
 def test_a_deep_copy_is_independent():
@@ -449,8 +642,19 @@ def test_parametrizations_are_left_alone(finish):
 
 @pytest.mark.parametrize("finish", [lora.merge_lora, lora.remove_lora])
 def test_a_lora_layer_cannot_replace_itself(refused, finish):
-    with refused(layer := lora.LoRALinear(nn.Linear(IN, OUT), RANK, ALPHA), "alone"):
+    with refused(layer := lora.LoRALinear(nn.Linear(IN, OUT), RANK, ALPHA), "a model that holds"):
         finish(layer)
+
+
+def test_freezing_spares_the_factors_and_nothing_else(adapt):
+    model = one_layer()
+    adapt(model, 1, 1, ["0"])
+    model.requires_grad_(True)
+    lora.freeze_all_but_lora(model)
+    trains = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == {"lora_A", "lora_B"}
+    lora.freeze_all_but_lora(alone := lora.LoRALinear(nn.Linear(IN, OUT), RANK, ALPHA))
+    assert alone.lora_A.requires_grad and not alone.base.bias.requires_grad
 
 
 # --- Counting, device ------------------------------------------------------------------
@@ -464,6 +668,14 @@ def test_parameters_are_counted_as_by_the_formula(adapt):
     assert lora.count_parameters(model).trainable == 784 + 1000 + 1000 + 2000 + 2000 + 10
     tied.fc1.weight = tied.fc0.weight
     assert lora.count_parameters(tied) == (24, 24)
+    assert lora.count_parameters(nn.Linear(4, 5)) == (25, 25)
+
+
+def test_a_packed_weight_counts_as_its_numbers():
+    dense = nn.Linear(64, 128, bias=False)
+    assert lora.count_parameters(nn.Sequential(Quantised(dense))) == (64 * 128, 0)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))  # 5 lengths, and directions
+    assert lora.count_parameters(nn.Sequential(normed)) == (5 + 20 + 5, 30)
 
 
 @pytest.mark.parametrize("cuda", [True, False])
