@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from statistics import NormalDist
 
 import torch
@@ -31,6 +32,7 @@ def normal_float(bits: int) -> torch.Tensor:
     return torch.tensor(sorted([*below, 0.0, *above])) / max(above)
 
 
+@cache
 def error_density() -> tuple[torch.Tensor, torch.Tensor]:
     """Return a grid of u, and c(u) times its step, for normal weights in blocks of 64."""
     u = torch.linspace(-1, 1, 8001, dtype=torch.float64)

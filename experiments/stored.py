@@ -8,7 +8,6 @@ Read it with `json.loads((DATA / name).read_text(encoding="utf-8"))["results"]`.
 import json
 import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -20,7 +19,7 @@ def store(name: str, results: object, seconds: float, **facts: object) -> None:
     A sweep may call it after each training: the file is replaced whole, or not at all.
     """
     libraries = ("torch", "transformers", "numpy")
-    loaded = {library: version(library) for library in libraries if library in sys.modules}
+    loaded = {n: sys.modules[n].__version__ for n in libraries if n in sys.modules}
     made = {
         "command": f"python experiments/{Path(sys.argv[0]).name}",
         "seconds": round(seconds),
