@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import random
-import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -139,23 +137,16 @@ def test_load_takes_factors_of_any_float_and_keeps_their_precision(folder, dtype
     for base in (torch.bfloat16, torch.float64):
         lora.load_adapter(model := small_net(base), folder)
         state = lora.lora_state_dict(model)
-        assert {t.dtype for t in state.values()} == {
-            torch.float64 if base == torch.float64 else torch.float32
-        }
+        assert all(t.dtype == torch.promote_types(base, torch.float32) for t in state.values())
         for name, numbers in expected.items():
-            torch.testing.assert_close(
-                state[name].float(), torch.tensor(numbers), rtol=0.01, atol=0
-            )
+            assert torch.allclose(state[name].float(), torch.tensor(numbers), rtol=0.01)
 
 
 def test_load_replaces_the_lora_that_is_there(folder):
-    model = trained(4, 9, ["fc1"], small_net(torch.bfloat16))
-    weight = model.fc1.base.weight
-    lora.set_lora_strength(model, 0.5)
-    model.requires_grad_(True)
+    model = trained(4, 9, ["fc1"])
+    weight = model.requires_grad_(True).fc1.base.weight
     lora.load_adapter(model, folder)
     assert model.fc1.base.weight is weight and list(lora.lora_layers(model)) == ["fc1", "fc2"]
-    assert (model.fc1.rank, model.fc1.alpha, model.fc1.strength) == (2, 3, 1)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {*factors_in(folder)[1]}
     lora.save_adapter(trained(targets=["fc2"]), folder)
     lora.load_adapter(model, folder)
@@ -207,12 +198,10 @@ def test_a_factor_that_no_file_can_hold_is_not_saved(refused, tmp_path, fault):
 
 
 def test_factors_in_any_layout_and_shared_ones_are_saved(tmp_path):
-    model = trained(
-        2, 3, model=nn.Sequential(OrderedDict(fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 8)))
-    )
-    model.fc1.lora_A = nn.Parameter(torch.randn(8, 2).T)
-    model.fc2.lora_A = model.fc1.lora_A
+    model = trained(model=nn.Sequential(OrderedDict(fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 8))))
+    model.fc1.lora_A = model.fc2.lora_A = nn.Parameter(torch.randn(8, 2).T)
     lora.save_adapter(model, tmp_path)
+    lora.load_adapter(model, tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / WEIGHTS)
     for name in ("fc1", "fc2"):
         assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], model.fc1.lora_A)
@@ -228,27 +217,31 @@ def peft():
     return peft
 
 
-def save_with_peft(peft, folder, model=None, **settings):
-    settings = {"r": 2, "target_modules": ["fc1", "fc2"], "init_lora_weights": False, **settings}
-    theirs = peft.get_peft_model(model or small_net(), peft.LoraConfig(**settings))
-    theirs.save_pretrained(folder)
-    return theirs
+def save_with_peft(peft, folder, model, **settings):
+    settings = {"r": 2, "init_lora_weights": False, **settings}
+    peft.get_peft_model(model, peft.LoraConfig(**settings)).save_pretrained(folder)
 
 
-SETTINGS = [(1, 2, ["fc1", "fc2"]), (4, 16, ["fc2"]), (3, 1, ["fc1"])]
+SETTINGS = [(1, 2, ["fc1", "fc2"]), (4, 16, ["fc2"]), (20, 1, ["fc1"])]  # 20: more than 6, 8
 
 
 @pytest.mark.parametrize(("rank", "alpha", "targets"), SETTINGS)
-def test_peft_loads_what_we_save(peft, tmp_path, rank, alpha, targets):
+def test_peft_loads_what_we_save_and_we_what_peft_saves(peft, tmp_path, rank, alpha, targets):
     plain, x = small_net(), torch.randn(5, 6)
-    model = trained(rank, alpha, targets, copy.deepcopy(plain))
-    lora.save_adapter(model, str(folder := tmp_path / "new" / "folder"))
+    ours = trained(rank, alpha, targets, copy.deepcopy(plain))
+    lora.save_adapter(ours, str(folder := tmp_path / "new" / "folder"))
     assert json.loads((folder / CONFIG).read_text()).keys() <= peft.LoraConfig().to_dict().keys()
-    theirs = peft.PeftModel.from_pretrained(plain, str(folder), is_trainable=True)
-    torch.testing.assert_close(theirs(x), model(x))
-    assert lora.count_parameters(theirs) == lora.count_parameters(model)
-    with lora.lora_disabled(model), theirs.disable_adapter():
-        assert torch.equal(theirs(x), model(x))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder), is_trainable=True)
+    theirs.save_pretrained(tmp_path / "theirs")
+    lora.load_adapter(loaded := copy.deepcopy(plain), tmp_path / "theirs")
+    for model in (ours, loaded):
+        assert list(lora.lora_layers(model)) == targets
+        assert lora.count_parameters(theirs) == lora.count_parameters(model)
+        torch.testing.assert_close(theirs(x), model(x))
+        with lora.lora_disabled(model), theirs.disable_adapter():
+            assert torch.equal(theirs(x), model(x))
+        lora.merge_lora(model)
+    torch.testing.assert_close(ours.state_dict(), theirs.merge_and_unload().state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -271,44 +264,31 @@ def test_training_steps_are_those_of_peft(peft, tmp_path, dtype):
             torch.testing.assert_close(ours.get_parameter(name), factor)
 
 
-def test_a_rank_above_the_narrow_side_loads(peft, tmp_path):
-    plain, x = small_net(), torch.randn(5, 6)
-    theirs = save_with_peft(peft, tmp_path, copy.deepcopy(plain), r=20)
-    lora.load_adapter(plain, tmp_path)
-    assert plain.fc2.rank == 20
-    torch.testing.assert_close(plain(x), theirs(x))
-
-
 def tiny(kind):
     import transformers
 
-    size = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    if kind == "llama":
-        config = transformers.LlamaConfig(intermediate_size=24, num_key_value_heads=1, **size)
-        return transformers.LlamaForCausalLM(config).eval()
-    if kind == "bloom":  # multiplies by slices of dense.weight
-        config = transformers.BloomConfig(pretraining_tp=2, slow_but_exact=True, **size)
-        return transformers.BloomForCausalLM(config).eval()
-    config = transformers.T5Config(
-        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2
-    )
-    return transformers.T5EncoderModel(config).eval()  # asks for wo.weight.dtype
+    if kind == "T5":  # asks for wo.weight.dtype
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+        return transformers.T5EncoderModel(transformers.T5Config(vocab_size=32, **sizes)).eval()
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "Bloom":  # multiplies by slices of dense.weight
+        config = transformers.BloomConfig(pretraining_tp=2, slow_but_exact=True, **sizes)
+    else:
+        config = transformers.LlamaConfig(intermediate_size=24, num_key_value_heads=1, **sizes)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 @pytest.mark.parametrize(
-    ("kind", "target"), [("t5", "wo"), ("bloom", "dense"), ("llama", "lm_head")]
+    ("kind", "target"), [("T5", "wo"), ("Bloom", "dense"), ("Llama", "lm_head")]
 )
 def test_models_that_read_a_weight_see_the_update(peft, kind, target):
     model, ids = tiny(kind), torch.tensor([[1, 2, 3]])
     base = model(ids)[0]
-    trained(2, 8, [target], model)
-    adapted = model(ids)[0]
+    adapted = trained(2, 8, [target], model)(ids)[0]
     assert not torch.allclose(adapted, base, atol=1e-3)
-    if kind == "llama":
+    if kind == "Llama":
         head = model.get_output_embeddings()
         assert torch.equal(head.weight, head.base.weight + head.delta_W())
-    for layer in lora.lora_layers(model).values():
-        layer.base.weight.data = layer.base.weight.clone()  # no longer tied
     lora.merge_lora(model)
     torch.testing.assert_close(model(ids)[0], adapted)
 
@@ -316,7 +296,7 @@ def test_models_that_read_a_weight_see_the_update(peft, kind, target):
 def test_the_auto_classes_of_peft_find_the_base(peft, refused, tmp_path):
     import transformers
 
-    tiny("llama").save_pretrained(tmp_path / "base")
+    tiny("Llama").save_pretrained(tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     trained(2, 8, ["q_proj", "v_proj"], model)
     lora.save_adapter(model, folder := tmp_path / "adapter")
@@ -324,40 +304,16 @@ def test_the_auto_classes_of_peft_find_the_base(peft, refused, tmp_path):
     for auto in (peft.AutoPeftModelForCausalLM, peft.AutoPeftModel):
         theirs = auto.from_pretrained(folder)
         torch.testing.assert_close(theirs(ids).logits, model(ids).logits)
-    with refused(wrong := tiny("llama").model, "'model.layers.0.self_attn.q_proj'", "there are"):
+    with refused(wrong := tiny("Llama").model, "'model.layers.0.self_attn.q_proj'", "there are"):
         lora.load_adapter(wrong, folder)
     # Where the base lies is not what the adapter computes: it may be edited.
     edit(folder, lambda config: config.update(base_model_name_or_path="on/the-hub"))
     lora.load_adapter(model, folder)
 
 
-@pytest.mark.parametrize(("rank", "alpha", "targets"), SETTINGS)
-def test_we_load_what_peft_saves_and_merge_to_the_same(peft, tmp_path, rank, alpha, targets):
-    model, x = small_net(), torch.randn(5, 6)
-    settings = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
-    theirs = save_with_peft(peft, tmp_path, copy.deepcopy(model), **settings)
-    lora.load_adapter(model, tmp_path)
-    assert list(lora.lora_layers(model)) == targets
-    torch.testing.assert_close(model(x), theirs(x))
-    assert lora.count_parameters(model) == lora.count_parameters(theirs)
-    lora.merge_lora(model)
-    torch.testing.assert_close(model.state_dict(), theirs.merge_and_unload().state_dict())
-
-
 def nested():
     names = {name: nn.Linear(3, 3) for name in ("fc", "xfc", "fcx")}
     return nn.ModuleDict({**names, "b": nn.ModuleDict({"fc": nn.Linear(3, 3)})})
-
-
-@pytest.mark.parametrize("targets", [["fc"], ["b.fc"], ["xfc", "fc"]])
-def test_targets_mean_the_layers_that_peft_means(peft, tmp_path, targets):
-    lora.add_lora(ours := nested(), 2, 8, targets)
-    lora.save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(nested(), tmp_path / "ours", is_trainable=True)
-    assert lora.count_parameters(theirs) == lora.count_parameters(ours)
-    save_with_peft(peft, tmp_path, nested(), target_modules=targets)
-    lora.load_adapter(model := nested(), tmp_path)
-    assert lora.lora_layers(model).keys() == lora.lora_layers(ours).keys()
 
 
 @pytest.mark.parametrize(
@@ -382,7 +338,7 @@ VARIANTS += [({"lora_bias": True}, "lora_B.bias"), ({"modules_to_save": ["fc2"]}
 @pytest.mark.filterwarnings("ignore")  # PEFT warns of some of its own variants
 @pytest.mark.parametrize(("settings", "named"), VARIANTS)
 def test_what_peft_computes_in_another_way_is_refused(peft, refused, tmp_path, settings, named):
-    save_with_peft(peft, tmp_path, **{"target_modules": ["fc1"], **settings})
+    save_with_peft(peft, tmp_path, small_net(), target_modules=["fc1"], **settings)
     with refused(model := small_net(), named):
         lora.load_adapter(model, tmp_path)
 
@@ -412,8 +368,7 @@ def test_a_folder_that_lacks_a_file_is_refused(model, refused, folder, name):
 
 
 def test_a_pointer_of_git_lfs_is_called_so(model, refused, folder):
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
-    (folder / WEIGHTS).write_text(pointer)
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     with refused(model, folder, "git lfs pull"):
         lora.load_adapter(model, folder)
 

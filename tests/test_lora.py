@@ -185,28 +185,20 @@ def test_further_arguments_go_to_the_base():
     torch.testing.assert_close(model.fc0(x, 2.0, shift=1.0), expected + x @ model.fc0.delta_W().T)
 
 
-class Operations(TorchDispatchMode):
-    """Note the shape of each result, and let memory run out at the n-th operation."""
-
-    def __init__(self, n=0):
-        super().__init__()
-        self.left, self.shapes = n, []
+class Shapes(TorchDispatchMode):
+    """Note the shape of each result that is no view."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.left -= 1
-        if self.left == 0:
-            raise MemoryError
         result = func(*args, **(kwargs or {}))
-        self.shapes.append(None if func.is_view else getattr(result, "shape", None))
+        self.seen = getattr(self, "seen", []) + [None if func.is_view else result.shape]
         return result
 
 
 def test_the_branch_never_builds_a_matrix_of_the_size_of_W():
     model, x = trained(one_layer(), targets=["0"]), torch.randn(4, IN).double()
-    with Operations() as operations:
+    with Shapes() as shapes:
         model(x).square().sum().backward()
-    assert (4, OUT) in operations.shapes
-    assert (OUT, IN) not in operations.shapes and (IN, OUT) not in operations.shapes
+    assert (4, OUT) in shapes.seen and not {(OUT, IN), (IN, OUT)} & {*shapes.seen}
 
 
 # --- Adding ----------------------------------------------------------------------------
@@ -225,7 +217,7 @@ def test_the_branch_never_builds_a_matrix_of_the_size_of_W():
 def test_a_target_is_a_full_name_or_ends_in_a_dot_and_the_target(targets, adapted):
     model = nested()
     before = dict(model.named_parameters())
-    lora.add_lora(model, 1, 1, targets)
+    lora.add_lora(model, 1, 1, iter(targets))
     assert list(lora.lora_layers(model)) == adapted
     after = dict(model.named_parameters())
     trains = {name for name, p in after.items() if p.requires_grad}
@@ -245,12 +237,6 @@ def test_bad_targets_are_named(refused, targets):
     bad = repr(targets[-1] if isinstance(targets, list) and targets else targets)
     with refused(trained(model := nested(), targets=["xfc"]), bad):
         lora.add_lora(model, 1, 1, targets)
-
-
-def test_targets_come_in_any_order_that_python_knows():
-    for kind in (tuple, iter, dict.fromkeys):
-        lora.add_lora(model := nested(), 1, 1, kind(["xfc", "fcx"]))
-        assert list(lora.lora_layers(model)) == ["xfc", "fcx"]
 
 
 def test_a_name_that_is_not_there_is_answered_with_those_that_are(refused):
@@ -297,16 +283,10 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     assert (twin.fc0.rank, twin.fc0.alpha, twin.fc0.strength) == (4, 2, 1)
 
 
-def offloaded(layer):
-    layer._hf_hook = object()  # of accelerate
-    return layer.to("meta")
-
-
 UNADAPTABLE = {
     "parametrization already": nn.utils.parametrizations.weight_norm,
     "first forward pass": lambda layer: nn.LazyLinear(4),
     "complex": lambda layer: layer.to(torch.complex64),
-    "offloaded": offloaded,
 }
 
 
@@ -337,34 +317,12 @@ def test_batchnorm_that_does_not_move_leaves_the_base_bit_for_bit():
     assert not torch.equal(model(x), base(x))
 
 
-def test_a_layer_in_two_places_is_refused_with_both_names(refused):
-    model = square()
-    model.fc1 = model.fc0  # set_submodule would put LoRA into one of the two places
-    with refused(model, "fc0", "fc1"):
-        lora.add_lora(model, 1, 1, ["fc0"])
-
-
-def test_a_layer_cannot_be_adapted_twice(refused):
+def test_a_layer_in_two_places_and_one_with_lora_are_refused(refused):
     with refused(trained(model := square(), targets=["fc1"]), "['fc1'] have LoRA already"):
         lora.add_lora(model, 1, 1, ["fc0", "fc1"])
-
-
-@pytest.mark.parametrize("before", [["fc0"], []])
-@pytest.mark.parametrize("call", ["add", "load"])
-def test_running_out_of_memory_anywhere_leaves_the_model_as_it_was(refused, tmp_path, before, call):
-    def act(model):
-        targets = ["fc1", "fc2"]
-        lora.add_lora(model, 2, 4, targets) if call == "add" else lora.load_adapter(model, tmp_path)
-
-    lora.save_adapter(trained(square(3), 2, targets=["fc1", "fc2"]), tmp_path)
-    model = trained(square(3), targets=before) if before else square(3)
-    twin = copy.deepcopy(model)
-    with Operations() as operations:
-        act(twin)
-    assert len(operations.shapes) > 4
-    for n in range(len(operations.shapes)):  # safetensors has a ValueError of its own for this
-        with refused(model, error=(MemoryError, ValueError)), Operations(n + 1):
-            act(model)
+    model.fc1 = model.fc0  # set_submodule would put LoRA into one of the two places
+    with refused(model, "fc0 and fc1 are one layer"):
+        lora.add_lora(model, 1, 1, ["fc0"])
 
 
 def distributed(model):
@@ -476,7 +434,9 @@ def test_remove_gives_back_the_very_weights_bit_for_bit():
     model["blocks"][1]["fc"](model["xfc"](x)).square().sum().backward()
     optimizer.step()
     lora.set_lora_strength(model, 0.5)
+    model["alias"] = model["xfc"]
     lora.remove_lora(model)
+    assert model.pop("alias") is model["xfc"]
     assert lora.lora_layers(model) == {} and type(model["xfc"]) is nn.Linear
     assert all(p is before[name] for name, p in model.named_parameters())
     assert lora_show.same_tensors(model.state_dict(), bits)
@@ -501,13 +461,6 @@ def overflow(state):
     """Weights and an update that are finite, with a sum that is not."""
     sizes = {"lora_A": 1e19, "lora_B": 1e19, "base.weight": 3e38, "base.bias": 0}
     return {name: torch.full_like(tensor, sizes[name]) for name, tensor in state.items()}
-
-
-def test_remove_reaches_every_place_of_a_layer():
-    model = trained(square())
-    model.alias = model.fc0
-    lora.remove_lora(model)
-    assert type(model.alias) is nn.Linear and model.alias is model.fc0
 
 
 WHOLE = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
