@@ -1,54 +1,52 @@
-"""Measure what train_parallel.py sends, and make two mistakes with it (notebook 9).
+"""Count what train_parallel.py sends, and make a mistake with it (notebook 11).
 
-    torchrun --standalone --nproc-per-node=2 measure_parallel.py FOLDER SEED
-
-It ends badly, on purpose: in its last training process 1 dies.
+torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 measure_parallel.py FOLDER SEED
 """
 
 import json
-import math
-import os
 import sys
 import time
-from collections.abc import Callable
-from itertools import count
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from safetensors.torch import save_file
-from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_parallel as worker
 from lora_utils import add_lora, lora_state_dict
 
-# In a ring each process sends this many times (N - 1)/N of an operation's bytes.
-SHARE = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
-
 
 class Spy(TorchDispatchMode):
-    """Note the bytes of each operation between processes, and make it wait for the network."""
+    """Note the bytes that each operation between processes is given."""
 
-    def __init__(self, bits_per_second: float = math.inf):
+    def __init__(self):
         super().__init__()
-        self.seen, self.speed = {}, bits_per_second  # seen: bytes for each name of an operation
+        self.seen = {}  # for each operation's name, the bytes of each call
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         """PyTorch calls this in place of each operation on tensors."""
         if operation.namespace == "c10d":  # one between processes
-            name, n = operation.overloadpacket.__name__, dist.get_world_size()
             lists = [arg if isinstance(arg, list) else [arg] for arg in args]
             sizes = [t.nbytes for tensors in lists for t in tensors if isinstance(t, torch.Tensor)]
-            largest = max(sizes, default=0)  # the whole tensor: the others are its parts
-            self.seen.setdefault(name, []).append(largest)
-            time.sleep(8 * SHARE.get(name, 0) * (n - 1) / n * largest / self.speed)
+            calls = self.seen.setdefault(operation.overloadpacket.__name__, [])
+            calls.append(max(sizes, default=0))  # the whole tensor: the others are its parts
         return operation(*args, **(kwargs or {}))
 
 
-def watch(folder: Path, before_step: Callable, speed=math.inf, wrap=worker.distribute, **options):
-    """Train under the eyes of the spy; return the report, with bytes and times added."""
+def watch(
+    folder: Path, job: worker.Job, before_step=lambda model: None, wrap=worker.distribute, **options
+) -> dict:
+    """Train under the eyes of the spy, from the start and without saving.
+
+    Return the report, and with it the bytes of each operation and the seconds of each step.
+    """
     starts = []
 
     def note(model: nn.Module, inputs: tuple) -> None:
@@ -59,54 +57,61 @@ def watch(folder: Path, before_step: Callable, speed=math.inf, wrap=worker.distr
         model.register_forward_pre_hook(note)
         return wrap(model, *arguments)
 
-    worker.distribute = wrap_and_note
-    with Spy(speed) as spy:
-        report = worker.train(folder, torch.device("cpu"), **options)
+    replaced = {"distribute": wrap_and_note, "save": lambda *_: None, "resume": lambda *_: 0}
+    with patch.multiple(worker, **replaced), Spy() as spy:
+        report = worker.train(folder, torch.device("cpu"), job, **options)
     seconds = torch.tensor(starts, dtype=torch.float64).diff().tolist()
     return report | {"seen": spy.seen, "seconds": seconds}
 
 
-def wrap_too_early(model: nn.Module, fsdp: bool, device: torch.device) -> nn.Module:
+def wrap_too_early(
+    model: nn.Module, blocks: Iterable, fsdp: bool, device: torch.device
+) -> nn.Module:
     """The mistake that raises no error: the wrapper first, then add_lora."""
     parallel = DistributedDataParallel(model)
-    add_lora(model, **worker.LORA)
+    add_lora(model, rank=8, alpha=8, targets=["fc1", "fc2", "fc3"])
     return parallel
 
 
+def count(folder: Path, seed: int) -> dict:
+    """Return reports of two steps each: in full and with LoRA, in replicas and in shards."""
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    kept = {"reshard_after_forward": False}
+    reports = {}
+    for kind, full in {"full": True, "LoRA": False}.items():
+        job = worker.Job(full=full, seed=seed)
+        reports[f"DDP, {kind}"] = watch(folder, job, steps=2)
+        for way, how in {"FSDP": {}, "FSDP 16": {"mp_policy": half}, "FSDP kept": kept}.items():
+            wrap = partial(worker.distribute, **how)
+            reports[f"{way}, {kind}"] = watch(folder, job, wrap=wrap, fsdp=True, steps=2)
+    llama = worker.Job(model="language_model", batch=4, seed=seed)
+    reports["Llama, DDP"] = watch(folder, llama, steps=2)
+    reports["Llama, FSDP"] = watch(folder, llama, fsdp=True, steps=2)
+    return reports
+
+
+def drift(folder: Path, job: worker.Job, wrap: Callable, file: Path) -> dict:
+    """Return the report of 20 steps, and save the factors that were there before each."""
+    before = []
+    report = watch(folder, job, lambda model: before.append(lora_state_dict(model)), wrap)
+    save_file({name: torch.stack([state[name] for state in before]) for name in before[0]}, file)
+    return report
+
+
 def main() -> None:
-    """Train again and again: first to measure, then with the two mistakes."""
+    """Count, then train in the right and in the wrong order."""
     folder, seed = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo")
-    me, reports = dist.get_rank(), {}
-
-    def measure(name: str, before_step=lambda model: None, steps=6, **options) -> None:
-        options = {"steps": steps, "save_every": 99, "seed": seed} | options
-        reports[name] = watch(folder, before_step, **options)
-
-    measure("warm-up")
-    for kind, full in {"full": True, "LoRA": False}.items():
-        measure(f"DDP, {kind}", full=full)
-        measure(f"FSDP, {kind}", full=full, fsdp=True)
-        for mbit in (1000, 100):
-            measure(f"{kind} at {mbit}", full=full, speed=mbit * 1e6, steps=3 if full else 9)
-
-    def drift(order: str, **options) -> None:
-        before = []  # the factors before each step
-        measure(order, lambda model: before.append(lora_state_dict(model)), steps=20, **options)
-        factors = {name: torch.stack([state[name] for state in before]) for name in before[0]}
-        save_file(factors, folder / f"{order}{me}.safetensors")
-
-    drift("right")
-    drift("wrong", wrap=wrap_too_early, full=True)  # full: the worker itself adds no LoRA
-    (folder / f"process{me}.json").write_text(json.dumps(reports))
-
-    steps = count(1)
-
-    def die(model: nn.Module) -> None:
-        if next(steps) == 13 and me == 1:
-            os.kill(os.getpid(), 9)  # at once and without a word
-
-    watch(folder, die, save_every=5, seed=seed)
+    me = dist.get_rank()
+    reports = count(folder, seed)
+    orders = {
+        "right": (worker.Job(seed=seed), worker.distribute),
+        "wrong": (worker.Job(seed=seed, full=True), wrap_too_early),  # full: train adds no LoRA
+    }
+    for name, (job, wrap) in orders.items():
+        reports[name] = drift(folder, job, wrap, folder / f"{name}{me}.safetensors")
+    (folder / f"measured{me}.json").write_text(json.dumps(reports))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
