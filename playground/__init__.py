@@ -1,8 +1,8 @@
 """The playground: one web page that holds RichBoyNet, its adapters and some digits, and runs them.
 
 The page needs no server, no kernel and no other file. What it computes stands in `network.js`,
-what it shows in `page.html`, `page.css` and `page.js`, with `theme.js` and `dom.js`, which other
-pages share; this module puts them together (notebook 4).
+what it shows in `page.html`, `page.css` and `page.js`; this module puts them together
+(notebook 4).
 """
 
 import base64
@@ -69,10 +69,25 @@ def inline(name: str) -> str:
     """Return a page of this folder with the files in it that it names: /* page.css */."""
 
     def content(found: re.Match) -> str:
+        if found[1].endswith(".js"):
+            return '"use strict";\n' + script(found[1], set())
         return (SOURCES / found[1]).read_text(encoding="utf-8")
 
     text = (SOURCES / name).read_text(encoding="utf-8")
     return re.sub(r"/\* (\w+\.(?:css|js)) \*/", content, text)
+
+
+def script(name: str, read: set[str]) -> str:
+    """Return a module without its imports and exports, after all that it imports, each once.
+
+    A page that is opened as a file may not load modules, so it holds one long script.
+    """
+    read.add(name)
+    text = (SOURCES / name).read_text(encoding="utf-8")
+    imported = re.findall(r'^import .*?"\./(\w+\.js)";$', text, flags=re.M | re.S)
+    before = "".join(script(other, read) for other in imported if other not in read)
+    text = re.sub(r'^import .*?";\n', "", text, flags=re.M | re.S)
+    return before + re.sub(r"^export ", "", text, flags=re.M)
 
 
 def pack(

@@ -1,12 +1,25 @@
 // What the playground shows: drawing, knobs, bars, the curve. What computes is in network.js.
-"use strict";
+import { $, element, storedBytes, svg } from "./dom.js";
+import {
+  arrivals,
+  forward,
+  group,
+  largest,
+  rasterise,
+  readAdapter,
+  readBase,
+  readSafetensors,
+  softmax,
+  standardise,
+} from "./network.js";
 
 const percent = (p) => (p > 0.995 ? ">99 %" : p < 0.005 ? "<1 %" : `${Math.round(100 * p)} %`);
 const signed = (number) => number.toFixed(2).replace("-", "−");
 
 // --- What is stored in the page, and what the reader changes ---------------------------------
 
-const LOW = -1, HIGH = 2; // of a knob
+const LOW = -1,
+  HIGH = 2; // of a knob
 const file = readSafetensors(storedBytes());
 const base = readBase(group(file.tensors, "base"));
 const { images, labels, pixel_order } = group(file.tensors, "digits");
@@ -44,14 +57,17 @@ function show() {
     const x = standardise(image, orders[arrival]);
     alone = { image, arrival, x, answer: softmax(forward(base, x, [])) };
   }
-  const mix = knobs.map((knob) => [knob.adapter, knob.strength]), start = performance.now();
-  const answer = softmax(forward(base, alone.x, mix)), top = largest(answer);
+  const mix = knobs.map((knob) => [knob.adapter, knob.strength]),
+    start = performance.now();
+  const answer = softmax(forward(base, alone.x, mix)),
+    top = largest(answer);
   const took = performance.now() - start;
   $("says-base").textContent = largest(alone.answer);
   $("says-lora").textContent = top;
   rows.forEach((row, digit) => row.set(answer[digit], alone.answer[digit], digit === top));
-  $("footer").textContent = `The network: RichBoyNet of notebook 3, ${FACTS}. This answer took `
-    + `${took.toFixed(0)} ms in your browser. Nothing you draw or open leaves this page.`;
+  $("footer").textContent =
+    `The network: RichBoyNet of notebook 3, ${FACTS}. This answer took ` +
+    `${took.toFixed(0)} ms in your browser. Nothing you draw or open leaves this page.`;
   moveLine();
   sweep(alone.x);
 }
@@ -60,7 +76,8 @@ const FACTS = `784 → 1000 → 2000 → 10, ${numbers.toLocaleString("en")} num
 
 // --- 1. Draw a digit -------------------------------------------------------------------------
 
-const paper = $("paper"), ink = paper.getContext("2d");
+const paper = $("paper"),
+  ink = paper.getContext("2d");
 const pen = { x: 0.5, y: 0.3, down: false, shown: false }; // moved by the keyboard
 
 function drawPaper() {
@@ -81,11 +98,13 @@ function drawPaper() {
   ink.arc(pen.x * size, pen.y * size, size / 30, 0, 7);
   ink.fillStyle = ink.strokeStyle = "#ee6fae";
   ink.lineWidth = 5;
-  if (pen.down) ink.fill(); else ink.stroke();
+  if (pen.down) ink.fill();
+  else ink.stroke();
 }
 
 function asCanvas(pixels) {
-  const canvas = element("canvas", { width: 28, height: 28 }), data = new ImageData(28, 28);
+  const canvas = element("canvas", { width: 28, height: 28 }),
+    data = new ImageData(28, 28);
   pixels.forEach((value, i) => data.data.set([255, 255, 255, 255 * value], 4 * i));
   canvas.getContext("2d").putImageData(data, 0, 0);
   return canvas;
@@ -145,7 +164,8 @@ paper.addEventListener("keydown", (event) => {
     pen.down = !pen.down;
     if (pen.down) addPoint([pen.x, pen.y], true);
   } else if (event.key in ARROWS) {
-    const [dx, dy] = ARROWS[event.key], inside = (at) => Math.min(0.95, Math.max(0.05, at));
+    const [dx, dy] = ARROWS[event.key],
+      inside = (at) => Math.min(0.95, Math.max(0.05, at));
     pen.x = inside(pen.x + dx / 20);
     pen.y = inside(pen.y + dy / 20);
     if (pen.down) addPoint([pen.x, pen.y], false);
@@ -154,7 +174,10 @@ paper.addEventListener("keydown", (event) => {
   event.preventDefault();
   update();
 });
-paper.addEventListener("blur", () => { pen.shown = false; update(); });
+paper.addEventListener("blur", () => {
+  pen.shown = false;
+  update();
+});
 
 const taken = {}; // how often a test digit was taken, for each label
 function takeDigit(label) {
@@ -168,7 +191,11 @@ function takeImage(index) {
   describe(`A test digit: a ${labels.data[index]}. Or draw your own.`, labels.data[index]);
 }
 for (let label = 0; label < 10; label++) {
-  const button = element("button", { type: "button", "aria-label": `test digit ${label}` }, `${label}`);
+  const button = element(
+    "button",
+    { type: "button", "aria-label": `test digit ${label}` },
+    `${label}`,
+  );
   button.addEventListener("click", () => takeDigit(label));
   $("digits").append(button);
 }
@@ -200,7 +227,9 @@ function addKnob(name, adapter) {
 }
 
 function turn(knob, strength) {
-  const { input, output, row } = turned = knob, text = strength ? signed(strength) : "off";
+  const { input, output, row } = knob;
+  const text = strength ? signed(strength) : "off";
+  turned = knob;
   knob.strength = input.value = strength;
   input.style.setProperty("--value", (strength - LOW) / (HIGH - LOW));
   input.setAttribute("aria-valuetext", text);
@@ -226,7 +255,9 @@ async function take(files) {
     const inside = metadata["adapter_config.json"];
     const beside = await files.find(({ name }) => name.endsWith(".json"))?.text();
     const bare = !beside && !inside;
-    const [config, saved] = bare ? Array(2).fill(assumed(tensors)) : [beside ?? inside, inside ?? beside].map(settings);
+    const [config, saved] = bare
+      ? Array(2).fill(assumed(tensors))
+      : [beside ?? inside, inside ?? beside].map(settings);
     if (config.r !== saved.r || config.lora_alpha !== saved.lora_alpha)
       throw new Error("adapter_config.json is not the one saved with these numbers");
     const adapter = readAdapter(tensors, config, base);
@@ -234,10 +265,14 @@ async function take(files) {
     const knob = addKnob(own ? `yours ${own + 1}` : "yours", adapter);
     turn(knob, 1);
     if (bare) askForAlpha(knob);
-    tell(`“${knob.name}” is a knob now, at 1: rank ${adapter.rank}, α = ${adapter.alpha}, `
-      + `on ${Object.keys(adapter.layers).join(", ")}.`
-      + (bare ? " PEFT’s file does not say its α. It is assumed to be the rank: put the right one"
-        + " beside the knob, or drop adapter_config.json, too." : ""));
+    tell(
+      `“${knob.name}” is a knob now, at 1: rank ${adapter.rank}, α = ${adapter.alpha}, ` +
+        `on ${Object.keys(adapter.layers).join(", ")}.` +
+        (bare
+          ? " PEFT’s file does not say its α. It is assumed to be the rank: put the right one" +
+            " beside the knob, or drop adapter_config.json, too."
+          : ""),
+    );
   } catch (error) {
     tell(`Not taken, nothing has changed: ${error.message}.`, true);
   }
@@ -291,7 +326,11 @@ document.addEventListener("drop", (event) => {
 const rows = Array.from({ length: 10 }, (_, digit) => {
   const [lora, plain] = ["lora", "base"].map((kind) => element("i", { class: kind }));
   const [mixed, before] = [element("td"), element("td")];
-  const bars = element("td", {}, element("div", { class: "bars", "aria-hidden": "true" }, lora, plain));
+  const bars = element(
+    "td",
+    {},
+    element("div", { class: "bars", "aria-hidden": "true" }, lora, plain),
+  );
   const row = element("tr", {}, element("th", { scope: "row" }, `${digit}`), bars, mixed, before);
   $("bars").append(row);
   return {
@@ -309,13 +348,15 @@ const rows = Array.from({ length: 10 }, (_, digit) => {
 
 const STEPS = Array.from({ length: 61 }, (_, i) => LOW + i / 20);
 const BOX = { left: 46, right: 400, top: 10, bottom: 200 };
-const toX = (strength) => BOX.left + (strength - LOW) / (HIGH - LOW) * (BOX.right - BOX.left);
+const toX = (strength) => BOX.left + ((strength - LOW) / (HIGH - LOW)) * (BOX.right - BOX.left);
 const toY = (p) => BOX.bottom - p * (BOX.bottom - BOX.top);
 
 /** The answers for x at all strengths of the knob turned last; a later call ends this one. */
 let sweeps = 0;
 async function sweep(x) {
-  const mine = ++sweeps, knob = turned, curves = [];
+  const mine = ++sweeps,
+    knob = turned,
+    curves = [];
   const others = knobs.filter((other) => other !== knob && other.strength);
   await new Promise((resume) => setTimeout(resume, 80)); // while a knob turns, only the answer
   for (const strength of x && knob ? STEPS : []) {
@@ -331,20 +372,24 @@ function drawCurve(curves, knob, others) {
   BOX.right = Math.max(280, $("curve").clientWidth) - 12;
   $("curve").setAttribute("viewBox", `0 0 ${BOX.right + 12} 246`);
   const at = (strength) => largest(curves[Math.round((strength - LOW) * 20)]);
-  const now = at(knob.strength), first = at(0), nodes = [];
+  const now = at(knob.strength),
+    first = at(0),
+    nodes = [];
   const label = (text, x, y, more) => nodes.push(svg("text", { x, y, ...more }, `${text}`));
   const middle = { "text-anchor": "middle" };
   for (const p of [0, 0.5, 1]) {
     nodes.push(svg("line", { x1: BOX.left, x2: BOX.right, y1: toY(p), y2: toY(p) }));
     label(`${100 * p} %`, BOX.left - 6, toY(p) + 4, { "text-anchor": "end" });
   }
-  for (const s of [-1, 0, 1, 2]) label(String(s).replace("-", "−"), toX(s), BOX.bottom + 18, middle);
+  for (const s of [-1, 0, 1, 2])
+    label(String(s).replace("-", "−"), toX(s), BOX.bottom + 18, middle);
   const more = others.length ? ", the other knobs as they stand" : "";
   label(`strength of “${knob.name}”${more}`, (BOX.left + BOX.right) / 2, BOX.bottom + 38, middle);
   const importance = (digit) => 2 * (digit === now) + (digit === first);
   const digits = [...curves[0].keys()].sort((a, b) => importance(a) - importance(b));
   for (const digit of digits) {
-    const p = curves.map((curve) => curve[digit]), top = Math.max(...p);
+    const p = curves.map((curve) => curve[digit]),
+      top = Math.max(...p);
     const kind = { class: digit === now ? "now" : digit === first ? "first" : "other" };
     const points = p.map((value, i) => `${toX(STEPS[i]).toFixed(1)} ${toY(value).toFixed(1)}`);
     nodes.push(svg("path", { ...kind, d: `M${points.join("L")}` }));
@@ -355,7 +400,8 @@ function drawCurve(curves, knob, others) {
   nodes.push(svg("line", { class: "here", y1: BOX.top, y2: BOX.bottom }));
   $("curve").replaceChildren(...nodes);
   moveLine();
-  const said = curves.map(largest), changes = [...said.keys()].filter((i) => i && said[i] !== said[i - 1]);
+  const said = curves.map(largest),
+    changes = [...said.keys()].filter((i) => i && said[i] !== said[i - 1]);
   const list = changes.map((i) => `, from ${signed(STEPS[i])} on ${said[i]}`).join("");
   $("curve-says").textContent = changes.length
     ? `At −1 of “${knob.name}” the answer is ${said[0]}${list}.`
