@@ -11,7 +11,8 @@ export const element = (name, attributes = {}, ...children) =>
 export const svg = (name, attributes, text = "") =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, [text]);
 
-/** The bytes in the page: a file in the safetensors format. */
+/** The bytes in the page: a file in the safetensors format, in one piece or in many. */
 export function storedBytes() {
-  return Uint8Array.from(atob($("stored").textContent), (letter) => letter.charCodeAt(0)).buffer;
+  const pieces = [...document.querySelectorAll(".stored")].map((piece) => piece.textContent);
+  return Uint8Array.from(atob(pieces.join("")), (letter) => letter.charCodeAt(0)).buffer;
 }

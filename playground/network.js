@@ -69,18 +69,23 @@ export function group(tensors, name) {
 
 // --- The network and its adapters ------------------------------------------------------------
 
-/** The base as a list of layers {name, rows, columns, weight, bias}. */
+/**
+ * The base as a list of layers {name, rows, columns, weight, scale, sums, bias}. The whole numbers
+ * of a weight are turned: those of one column, which meet the same input, lie side by side.
+ */
 export function readBase(tensors) {
   return ["fc1", "fc2", "fc3"].map((name) => {
-    const {
-      shape: [rows, columns],
-      data,
-    } = tensors[`${name}.weight`];
-    const scale = tensors[`${name}.weight_scale`].data,
-      bias = tensors[`${name}.bias`].data;
-    const weight = new Float32Array(data.length);
-    for (let i = 0; i < data.length; i++) weight[i] = data[i] * scale[Math.floor(i / columns)];
-    return { name, rows, columns, weight, bias };
+    const { shape, data } = tensors[`${name}.weight`];
+    const [rows, columns] = shape;
+    const weight = new Int8Array(data.length);
+    const sums = new Float64Array(rows); // of each row
+    for (let i = 0, at = 0; i < rows; i++)
+      for (let j = 0; j < columns; j++, at++) {
+        weight[j * rows + i] = data[at];
+        sums[i] += data[at];
+      }
+    const scale = tensors[`${name}.weight_scale`].data;
+    return { name, rows, columns, weight, scale, sums, bias: tensors[`${name}.bias`].data };
   });
 }
 
@@ -133,20 +138,33 @@ export function readAdapter(tensors, config, base) {
  * Each layer computes h = W₀x + b + Σ strength·(α/r)·B·(A·x); between layers there is ReLU.
  */
 export function forward(base, x, mix) {
-  base.forEach(({ name, rows, columns, weight, bias }, depth) => {
-    const h = new Float32Array(rows);
-    for (let i = 0; i < rows; i++) h[i] = dot(weight, i * columns, x, columns) + bias[i];
+  base.forEach((layer, depth) => {
+    const h = linear(layer, x);
     for (const [{ rank, alpha, layers }, strength] of mix) {
-      if (!strength || !layers[name]) continue;
-      const { A, B } = layers[name];
+      if (!strength || !layers[layer.name]) continue;
+      const { A, B } = layers[layer.name];
       for (let k = 0; k < rank; k++) {
-        const inner = strength * (alpha / rank) * dot(A, k * columns, x, columns);
-        for (let i = 0; i < rows; i++) h[i] += B[i * rank + k] * inner;
+        const inner = strength * (alpha / rank) * dot(A, k * layer.columns, x, layer.columns);
+        for (let i = 0; i < layer.rows; i++) h[i] += B[i * rank + k] * inner;
       }
     }
     x = depth < base.length - 1 ? h.map((value) => Math.max(value, 0)) : h;
   });
   return x;
+}
+
+/**
+ * W₀x + b. Most inputs are equal: blank pixels in the first layer, zeros after a ReLU. They count
+ * by the sums of the rows; column by column, the others add what they have more.
+ */
+function linear({ rows, columns, weight, scale, sums, bias }, x) {
+  const ground = least(x);
+  const h = sums.map((sum) => ground * sum);
+  for (let j = 0; j < columns; j++) {
+    const more = x[j] - ground;
+    if (more) for (let i = 0, at = j * rows; i < rows; i++, at++) h[i] += more * weight[at];
+  }
+  return h.map((sum, i) => scale[i] * sum + bias[i]);
 }
 
 /** The dot product of a row, which starts somewhere in a matrix, and x. Four sums are faster. */

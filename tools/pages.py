@@ -61,6 +61,7 @@ def prepare() -> None:
     shutil.rmtree(SOURCE, ignore_errors=True)
     shutil.copytree(DOCS, SOURCE, ignore=shutil.ignore_patterns("__pycache__"))
     (SOURCE / "deeper").mkdir()
+    shutil.copy(ROOT / "playground" / "icon.svg", SOURCE / "_static" / "favicon.svg")
     main = {path.stem: read(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     below: dict[str, list[str]] = {name: [] for name in main}
     for path in sorted(NOTEBOOKS.glob("deeper/*.ipynb")):
@@ -185,7 +186,7 @@ def join_set_up(notebook: nbformat.NotebookNode) -> None:
     """Make one cell of the set-up cell and the imports that follow it."""
     first = next(cell for cell in notebook.cells if cell.id == "setup")
     rest = notebook.cells[notebook.cells.index(first) + 1 :]
-    while rest[0].id.startswith("imports"):
+    while rest and rest[0].id.startswith("imports"):
         first.source += f"\n\n{rest[0].source}"
         notebook.cells.remove(rest.pop(0))
 
@@ -216,8 +217,8 @@ def adapt(cell: nbformat.NotebookNode) -> None:
 
 def keep(written: Path = NOTEBOOKS / "playground.html") -> None:
     """Take the numbers out of the page that notebook 4 wrote, and keep them in STORED."""
-    found = re.search(r'id="stored">([^<]+)<', written.read_text(encoding="utf-8"))
-    STORED.write_bytes(base64.b64decode(found[1]))
+    pieces = re.findall(r'class="stored">([^<]+)<', written.read_text(encoding="utf-8"))
+    STORED.write_bytes(base64.b64decode("".join(pieces)))
 
 
 if __name__ == "__main__":
