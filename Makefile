@@ -23,10 +23,10 @@ SITE_READY := .venv-site/ready
 export OMP_WAIT_POLICY ?= PASSIVE# threads that wait leave the core to others
 export PYTHONUTF8 := 1# text is UTF-8 whatever the system's language is
 
-.PHONY: help run check test lab refresh seeds site test-site clean
+.PHONY: help run check test lab refresh seeds site check-site test-site clean
 
 help:  ## show these lines
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 run: $(READY)  ## execute the main notebooks into build/, with DEEPER=1 all of them
 	$(PY) tools/execute.py run $(if $(DEEPER),--deeper) $(NAMES)
@@ -52,6 +52,9 @@ seeds: $(READY)  ## try every claim of the notebooks with ten other seeds
 site: $(SITE_READY)  ## build the site into build/site; nothing is executed
 	$(SITE_PY) tools/pages.py
 
+check-site:  ## lint the site's JavaScript and CSS; needs Node.js, nothing is installed
+	npx --yes @biomejs/biome@2.6.8 ci --error-on-warnings
+
 test-site: $(SITE_READY)  ## build the site and click through it and the playground, in Chromium
 	$(SITE_PY) -m pytest -n 2 --dist loadfile $(SITE_TESTS) tests/browser
 
@@ -64,14 +67,14 @@ clean:  ## remove build/, caches and unpacked data; .venv and .venv-site stay
 # compile the packages: where Python may not keep what it compiles, each start costs seconds more.
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + v + ". Try: make PYTHON=/path/to/a/newer/python3 ...")'
-	$(PYTHON) -m venv .venv
+	test -L .venv || $(PYTHON) -m venv .venv
 	$(PY) -m pip install uv
 	$(PY) -m uv pip install --compile-bytecode --python $(PY) -r requirements.txt || \
 		{ echo "uv failed, see above. Now the same with pip:"; $(PY) -m pip install -r requirements.txt; }
 	touch $@
 
 $(SITE_READY): $(READY) requirements-site.txt
-	$(PY) -m venv .venv-site
+	test -L .venv-site || $(PY) -m venv .venv-site
 	$(SITE_PY) -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "first.pth").write_text(sys.argv[1])' \
 		"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	$(PY) -m uv pip install --python $(SITE_PY) -r requirements-site.txt || \

@@ -3,12 +3,16 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent)]  # for folds.py
+sys.path.insert(0, str(Path(__file__).parent))  # for folds.py and heads.py
+
+# Where the code lives and where the site is published. After a fork: CONTRIBUTING.md.
+REPOSITORY = "https://github.com/OWNER/lora-notebooks"
+SITE = "https://OWNER.github.io/lora-notebooks"
 
 project = html_title = "LoRA from the ground up"
 copyright = author = ""
 
-extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.mathjax", "folds"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.mathjax", "folds", "heads"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 mathjax_path = "mathjax/tex-chtml.js"  # in _static: nothing comes from another host
@@ -17,11 +21,12 @@ nb_merge_streams = True
 copybutton_selector = "div.cell_input div.highlight pre"
 
 html_theme = "sphinx_book_theme"
+html_baseurl = SITE
 templates_path = ["_templates"]
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files = ["site.css", "icons.css"]
 html_js_files = ["site.js"]
-html_extra_path = ["extra"]  # copied as it is: playground.html
+html_extra_path = ["extra"]  # copied as it is: playground.html and its like
 html_favicon = "_static/favicon.svg"
 html_use_index = html_copy_source = html_show_sourcelink = False
 html_show_copyright = html_show_sphinx = False
@@ -35,7 +40,7 @@ html_sidebars = {
     ]
 }
 html_theme_options = {
-    "repository_url": "https://github.com/OWNER/lora-notebooks",
+    "repository_url": REPOSITORY,
     "repository_branch": "main",
     "path_to_docs": "notebooks",
     "use_repository_button": True,
@@ -44,6 +49,7 @@ html_theme_options = {
     "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     "home_page_in_toc": True,
     "show_toc_level": 1,
+    "show_navbar_depth": 2,  # the deeper notebooks stand under their main notebook
     "navbar_persistent": [],  # else a second search field stands above the page
     "article_footer_items": [],
     "content_footer_items": [],

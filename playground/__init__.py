@@ -1,13 +1,14 @@
 """The playground: one web page that holds RichBoyNet, its adapters and some digits, and runs them.
 
 The page needs no server, no kernel and no other file. What it computes stands in `network.js`,
-what it shows in `page.html`, `page.css` and `page.js`, with `theme.js` and `dom.js`, which other
-pages share; this module puts them together (notebook 4).
+what it shows in `page.html`, `page.css` and `page.js`; this module puts them together
+(notebook 4).
 """
 
 import base64
 import copy
 import json
+import math
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import safetensors.torch
 import torch
@@ -25,6 +27,7 @@ from lora_tasks import Digits
 from lora_utils import CONFIG_FILE, WEIGHTS_FILE, load_adapter, lora_layers
 
 SOURCES = Path(__file__).resolve().parent
+PIECES = 40
 
 
 def write_playground(
@@ -61,18 +64,49 @@ def show_playground(path: str | Path, height: int = 1000) -> HTML:
 
 
 def page(stored: bytes) -> str:
-    """Return the page that holds what `pack` returned."""
-    return inline("page.html").replace("<!-- stored -->", base64.b64encode(stored).decode())
+    """Return the page that holds what `pack` returned.
+
+    The numbers come last and in pieces, each followed by word of its arrival, so that a page that
+    loads slowly already plays: the answers for its first digit stand before them.
+    """
+    header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
+    text = inline("page.html").replace("<!-- opening -->", header["__metadata__"]["opening"])
+    numbers = base64.b64encode(stored).decode()
+    size = 4 * math.ceil(len(numbers) / 4 / PIECES)
+    pieces = []
+    for i in range(PIECES):
+        piece = numbers[i * size : (i + 1) * size]
+        pieces.append(f'<script type="application/octet-stream" class="stored">{piece}</script>')
+        pieces.append(f"<script>arrived({(i + 1) / PIECES})</script>")
+    return text.replace("<!-- stored -->", "\n".join(pieces))
 
 
 def inline(name: str) -> str:
     """Return a page of this folder with the files in it that it names: /* page.css */."""
 
     def content(found: re.Match) -> str:
+        if found[1].endswith(".js"):
+            return '"use strict";\n' + script(found[1], set())
         return (SOURCES / found[1]).read_text(encoding="utf-8")
 
     text = (SOURCES / name).read_text(encoding="utf-8")
+    picture = quote((SOURCES / "icon.svg").read_text(encoding="utf-8").strip())
+    icon = f'<link rel="icon" href="data:image/svg+xml,{picture}">'
+    text = text.replace("<!-- icon -->", icon)
     return re.sub(r"/\* (\w+\.(?:css|js)) \*/", content, text)
+
+
+def script(name: str, read: set[str]) -> str:
+    """Return a module without its imports and exports, after all that it imports, each once.
+
+    A page that is opened as a file may not load modules, so it holds one long script.
+    """
+    read.add(name)
+    text = (SOURCES / name).read_text(encoding="utf-8")
+    imported = re.findall(r'^import .*?"\./(\w+\.js)";$', text, flags=re.M | re.S)
+    before = "".join(script(other, read) for other in imported if other not in read)
+    text = re.sub(r'^import .*?";\n', "", text, flags=re.M | re.S)
+    return before + re.sub(r"^export ", "", text, flags=re.M)
 
 
 def pack(
@@ -81,13 +115,14 @@ def pack(
     """Return all that the page needs as one file in the safetensors format.
 
     Its tensors are "base/…", "digits/…" and "NAME/…" for each adapter; its metadata hold the
-    settings of the adapters and the examples. The arguments are those of `write_playground`.
+    settings of the adapters, the examples and the opening. The arguments are those of
+    `write_playground`.
     """
     with torch.no_grad():
         kept, examples = choose_digits(dequantised(base), adapters, digits, pixel_order)
-    pixels = (digits.images[kept].cpu() * 0.3081 + 0.1307) * 255  # as they were before load_mnist
+        begin = opening(dequantised(base), adapters, digits)
     tensors = {f"base/{name}": tensor for name, tensor in quantise(base).items()}
-    tensors["digits/images"] = pixels.round().to(torch.uint8)
+    tensors["digits/images"] = pixels_of(digits.images[kept])
     tensors["digits/labels"] = digits.labels[kept].cpu().to(torch.uint8)
     tensors["digits/pixel_order"] = pixel_order.cpu().to(torch.int16)
     settings = {}
@@ -96,6 +131,7 @@ def pack(
         for key, tensor in safetensors.torch.load_file(Path(folder) / WEIGHTS_FILE).items():
             tensors[f"{name}/{key}"] = tensor
     metadata = {"adapters": json.dumps(settings), "examples": json.dumps(examples)}
+    metadata["opening"] = json.dumps(begin)
     return safetensors.torch.save(tensors, metadata)
 
 
@@ -175,6 +211,10 @@ def choose_digits(
             *("scrambled", {}, "scrambled", 1),
             lambda: ~reads("scrambled") & reads("scrambled", scrambled=1),
         ),
+        "european": (
+            *("upright", {}, "european", 1),
+            lambda: ~reads("upright") & reads("upright", european=1) & (labels == 1),
+        ),
         "both": (
             *("rotated", {"rotated": 1}, "scrambled", 1),
             lambda: reads("rotated", rotated=1) & ~reads("rotated", rotated=1, scrambled=1),
@@ -197,6 +237,41 @@ def choose_digits(
                 examples[name] |= {"strengths": strengths, "target": target}
                 kept.append(found[0])
     return kept, examples
+
+
+def opening(base: nn.Module, adapters: dict[str, Path], digits: Digits) -> dict | None:
+    """Return the digit with which the page begins, and its answers at each strength of one knob.
+
+    It lies on its side, and the adapter "rotated" is sure of it from 0.5 on. Of some such digits
+    take the one that the base is most sure to misread.
+    """
+    if "rotated" not in adapters:
+        return None
+    lying, labels = digits.images[:300].rot90(-1, dims=(1, 2)), digits.labels[:300, None]
+
+    def answers(images: torch.Tensor, strength: float) -> torch.Tensor:
+        return with_adapters(base, {adapters["rotated"]: strength})(images).softmax(dim=1)
+
+    adapted = torch.stack([answers(lying, s) for s in (0.5, 0.75, 1, 1.25)])
+    sure = adapted.amin(dim=0).gather(1, labels)[:, 0] > 0.9
+    alone = answers(lying, 0)
+    misread = (alone.argmax(dim=1) != labels[:, 0]) & sure
+    if not misread.any():
+        return None
+    best = int((alone.amax(dim=1) * misread).argmax())
+    table = [answers(lying[best : best + 1], i / 20 - 1)[0].tolist() for i in range(61)]
+    return {
+        "digit": int(labels[best]),
+        "pixels": base64.b64encode(pixels_of(lying[best]).numpy().tobytes()).decode(),
+        "knob": "rotated",
+        "knobs": ["rotated", *(name for name in adapters if name != "rotated")],
+        "answers": [[round(p, 4) for p in row] for row in table],
+    }
+
+
+def pixels_of(images: torch.Tensor) -> torch.Tensor:
+    """Return the pixels as they were before `load_mnist`: whole numbers from 0 to 255."""
+    return ((images.cpu() * 0.3081 + 0.1307) * 255).round().to(torch.uint8)
 
 
 def with_adapters(base: nn.Module, strengths: dict[Path, float]) -> nn.Module:

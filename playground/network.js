@@ -1,15 +1,19 @@
 // What the playground computes: files, the network with its adapters, drawn digits.
-"use strict";
 
 // --- Files in the safetensors format (notebook 4): length, JSON header, numbers --------------
 
 const TYPES = {
-  F64: Float64Array, F32: Float32Array, F16: Uint16Array, BF16: Uint16Array,
-  I16: Int16Array, I8: Int8Array, U8: Uint8Array,
+  F64: Float64Array,
+  F32: Float32Array,
+  F16: Uint16Array,
+  BF16: Uint16Array,
+  I16: Int16Array,
+  I8: Int8Array,
+  U8: Uint8Array,
 };
 
 /** Read a file: {metadata, tensors: {name: {shape, data}}}. An Error says what is wrong with it. */
-function readSafetensors(buffer) {
+export function readSafetensors(buffer) {
   const foreign = new Error("this is no safetensors file, or it is cut off");
   if (buffer.byteLength < 8) throw foreign;
   const start = 8 + Number(new DataView(buffer).getBigUint64(0, true));
@@ -21,7 +25,8 @@ function readSafetensors(buffer) {
     throw foreign;
   }
   if (header === null || typeof header !== "object" || Array.isArray(header)) throw foreign;
-  const { __metadata__: metadata = {}, ...entries } = header, tensors = {};
+  const { __metadata__: metadata = {}, ...entries } = header,
+    tensors = {};
   let last = 0;
   for (const [name, entry] of Object.entries(entries)) {
     const { dtype, shape, data_offsets: [begin, end] = [] } = entry ?? {};
@@ -33,54 +38,80 @@ function readSafetensors(buffer) {
     if (end - begin !== count * Type.BYTES_PER_ELEMENT || start + end > buffer.byteLength)
       throw new Error(`${name} is cut off`);
     const raw = new Type(buffer.slice(start + begin, start + end));
-    const data = dtype === "F16" ? Float32Array.from(raw, fromHalf)
-      : dtype === "BF16" ? new Float32Array(Uint32Array.from(raw, (bits) => bits << 16).buffer)
-      : raw;
+    const data =
+      dtype === "F16"
+        ? Float32Array.from(raw, fromHalf)
+        : dtype === "BF16"
+          ? new Float32Array(Uint32Array.from(raw, (bits) => bits << 16).buffer)
+          : raw;
     tensors[name] = { shape, data };
     last = Math.max(last, end);
   }
-  if (start + last !== buffer.byteLength) throw new Error("the file is longer than its header says");
+  if (start + last !== buffer.byteLength)
+    throw new Error("the file is longer than its header says");
   return { metadata, tensors };
 }
 
 /** The number that 16 bits stand for: sign, 5 bits of exponent, 10 of fraction. */
 function fromHalf(bits) {
-  const sign = bits >> 15 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  const sign = bits >> 15 ? -1 : 1,
+    exponent = (bits >> 10) & 31,
+    fraction = bits & 1023;
   if (exponent === 31) return fraction ? NaN : sign * Infinity;
   return sign * (exponent ? 2 ** (exponent - 25) * (1024 + fraction) : 2 ** -24 * fraction);
 }
 
 /** The tensors whose names begin with "group/", named without it. */
-function group(tensors, name) {
+export function group(tensors, name) {
   const inside = Object.entries(tensors).filter(([key]) => key.startsWith(`${name}/`));
   return Object.fromEntries(inside.map(([key, tensor]) => [key.slice(name.length + 1), tensor]));
 }
 
 // --- The network and its adapters ------------------------------------------------------------
 
-/** The base as a list of layers {name, rows, columns, weight, bias}. */
-function readBase(tensors) {
+/**
+ * The base as a list of layers {name, rows, columns, weight, scale, sums, bias}. The whole numbers
+ * of a weight are turned: those of one column, which meet the same input, lie side by side.
+ */
+export function readBase(tensors) {
   return ["fc1", "fc2", "fc3"].map((name) => {
-    const { shape: [rows, columns], data } = tensors[`${name}.weight`];
-    const scale = tensors[`${name}.weight_scale`].data, bias = tensors[`${name}.bias`].data;
-    const weight = new Float32Array(data.length);
-    for (let i = 0; i < data.length; i++) weight[i] = data[i] * scale[Math.floor(i / columns)];
-    return { name, rows, columns, weight, bias };
+    const { shape, data } = tensors[`${name}.weight`];
+    const [rows, columns] = shape;
+    const weight = new Int8Array(data.length);
+    const sums = new Float64Array(rows); // of each row
+    for (let i = 0, at = 0; i < rows; i++)
+      for (let j = 0; j < columns; j++, at++) {
+        weight[j * rows + i] = data[at];
+        sums[i] += data[at];
+      }
+    const scale = tensors[`${name}.weight_scale`].data;
+    return { name, rows, columns, weight, scale, sums, bias: tensors[`${name}.bias`].data };
   });
 }
 
-// Settings that change what an adapter computes without changing the names of its tensors.
-const NOT_PLAIN = ["use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern",
-  "alpha_pattern", "alora_invocation_tokens", "layer_replication"];
+// Settings that change what an adapter computes without changing the names of its tensors, and the
+// ways to begin that leave W₀ as it is. `load_adapter` has the same lists; a test compares them.
+const NOT_PLAIN = [
+  "use_rslora",
+  "use_dora",
+  "use_qalora",
+  "fan_in_fan_out",
+  "rank_pattern",
+  "alpha_pattern",
+  "alora_invocation_tokens",
+  "layer_replication",
+];
+const PLAIN_STARTS = [true, false, "gaussian", "orthogonal", "eva"];
 
 /** An adapter that fits the base: {rank, alpha, layers: {name: {A, B}}}. An Error says why not. */
-function readAdapter(tensors, config, base) {
+export function readAdapter(tensors, config, base) {
   const { peft_type: type, r: rank, lora_alpha: alpha } = config ?? {};
   if (type !== "LORA") throw new Error("adapter_config.json does not describe a LoRA adapter");
-  if (!Number.isInteger(rank) || rank < 1 || !(alpha > 0))
+  if (!Number.isInteger(rank) || rank < 1 || typeof alpha !== "number" || !(alpha > 0))
     throw new Error(`its rank is ${rank} and its α ${alpha}: both must be positive`);
   const isSet = (value) => value && (typeof value !== "object" || Object.keys(value).length);
   const extras = NOT_PLAIN.filter((name) => isSet(config[name]));
+  if (!PLAIN_STARTS.includes(config.init_lora_weights ?? true)) extras.push("init_lora_weights");
   if (extras.length) throw new Error(`it uses ${extras.join(", ")}: not plain LoRA`);
   const layers = {};
   for (const [name, { shape, data }] of Object.entries(tensors)) {
@@ -89,9 +120,12 @@ function readAdapter(tensors, config, base) {
     if (!layer) throw new Error(`this network has no place for ${name}`);
     const expected = factor === "A" ? [rank, layer.columns] : [layer.rows, rank];
     if (String(shape) !== String(expected))
-      throw new Error(`${target}.lora_${factor} is ${shape.join(" × ")}, not ${expected.join(" × ")}`);
+      throw new Error(
+        `${target}.lora_${factor} is ${shape.join(" × ")}, not ${expected.join(" × ")}`,
+      );
     if (!data.every(Number.isFinite)) throw new Error(`${name} holds NaN or infinity`);
-    (layers[target] ??= {})[factor] = data;
+    layers[target] ??= {};
+    layers[target][factor] = data;
   }
   for (const [name, { A, B }] of Object.entries(layers))
     if (!A || !B) throw new Error(`it lacks one of the two factors of ${name}`);
@@ -103,16 +137,15 @@ function readAdapter(tensors, config, base) {
  * The 10 logits for an image x of 784 numbers, with adapters: a list of [adapter, strength].
  * Each layer computes h = W₀x + b + Σ strength·(α/r)·B·(A·x); between layers there is ReLU.
  */
-function forward(base, x, mix) {
-  base.forEach(({ name, rows, columns, weight, bias }, depth) => {
-    const h = new Float32Array(rows);
-    for (let i = 0; i < rows; i++) h[i] = dot(weight, i * columns, x, columns) + bias[i];
+export function forward(base, x, mix) {
+  base.forEach((layer, depth) => {
+    const h = linear(layer, x);
     for (const [{ rank, alpha, layers }, strength] of mix) {
-      if (!strength || !layers[name]) continue;
-      const { A, B } = layers[name];
+      if (!strength || !layers[layer.name]) continue;
+      const { A, B } = layers[layer.name];
       for (let k = 0; k < rank; k++) {
-        const inner = strength * (alpha / rank) * dot(A, k * columns, x, columns);
-        for (let i = 0; i < rows; i++) h[i] += B[i * rank + k] * inner;
+        const inner = strength * (alpha / rank) * dot(A, k * layer.columns, x, layer.columns);
+        for (let i = 0; i < layer.rows; i++) h[i] += B[i * rank + k] * inner;
       }
     }
     x = depth < base.length - 1 ? h.map((value) => Math.max(value, 0)) : h;
@@ -120,9 +153,27 @@ function forward(base, x, mix) {
   return x;
 }
 
+/**
+ * W₀x + b. Most inputs are equal: blank pixels in the first layer, zeros after a ReLU. They count
+ * by the sums of the rows; column by column, the others add what they have more.
+ */
+function linear({ rows, columns, weight, scale, sums, bias }, x) {
+  const ground = least(x);
+  const h = sums.map((sum) => ground * sum);
+  for (let j = 0; j < columns; j++) {
+    const more = x[j] - ground;
+    if (more) for (let i = 0, at = j * rows; i < rows; i++, at++) h[i] += more * weight[at];
+  }
+  return h.map((sum, i) => scale[i] * sum + bias[i]);
+}
+
 /** The dot product of a row, which starts somewhere in a matrix, and x. Four sums are faster. */
 function dot(matrix, start, x, length) {
-  let a = 0, b = 0, c = 0, d = 0, j = 0;
+  let a = 0,
+    b = 0,
+    c = 0,
+    d = 0,
+    j = 0;
   for (; j + 3 < length; j += 4) {
     a += matrix[start + j] * x[j];
     b += matrix[start + j + 1] * x[j + 1];
@@ -133,14 +184,14 @@ function dot(matrix, start, x, length) {
   return a + b + c + d;
 }
 
-function softmax(logits) {
+export function softmax(logits) {
   const top = Math.max(...logits);
   const powers = Array.from(logits, (logit) => Math.exp(logit - top));
   const sum = powers.reduce((a, b) => a + b);
   return powers.map((power) => power / sum);
 }
 
-const largest = (numbers) => numbers.indexOf(Math.max(...numbers));
+export const largest = (numbers) => numbers.indexOf(Math.max(...numbers));
 
 // --- From strokes to an image as MNIST has them ----------------------------------------------
 
@@ -152,15 +203,23 @@ const SOFT = 1.3; // over so many pixels a line fades out
  * digit fits into 20 × 20 pixels, and its centre of mass lies in the middle of 28 × 28. The line
  * has the same width however large you draw.
  */
-function rasterise(strokes) {
-  const points = strokes.flat(), xs = points.map(([x]) => x), ys = points.map(([, y]) => y);
+export function rasterise(strokes) {
+  const points = strokes.flat(),
+    xs = points.map(([x]) => x),
+    ys = points.map(([, y]) => y);
   const [left, right, top, bottom] = [least(xs), most(xs), least(ys), most(ys)];
   const extent = Math.max(right - left, bottom - top);
   const zoom = extent > 0 ? (20 - 2 * PEN) / extent : 1;
   const scaled = moved(strokes, (left + right) / 2, (top + bottom) / 2, zoom);
   const image = paint(scaled);
-  let mass = 0, x = 0, y = 0;
-  image.forEach((ink, i) => { mass += ink; x += ink * (i % 28); y += ink * Math.floor(i / 28); });
+  let mass = 0,
+    x = 0,
+    y = 0;
+  image.forEach((ink, i) => {
+    mass += ink;
+    x += ink * (i % 28);
+    y += ink * Math.floor(i / 28);
+  });
   return paint(moved(scaled, x / mass, y / mass, 1));
 }
 
@@ -175,7 +234,8 @@ function moved(strokes, x, y, zoom) {
 
 /** The image of strokes in pixels: each pixel has the more ink, the nearer a line is. */
 function paint(strokes) {
-  const image = new Float32Array(784), reach = PEN + SOFT;
+  const image = new Float32Array(784),
+    reach = PEN + SOFT;
   for (const stroke of strokes)
     stroke.forEach((end, index) => {
       const begin = stroke[Math.max(index - 1, 0)]; // a point alone is a line without length
@@ -192,13 +252,15 @@ function paint(strokes) {
 
 /** How far the point (x, y) is from the line between two points. */
 function distance(x, y, [ax, ay], [bx, by]) {
-  const dx = bx - ax, dy = by - ay, square = dx * dx + dy * dy;
+  const dx = bx - ax,
+    dy = by - ay,
+    square = dx * dx + dy * dy;
   const along = square ? Math.max(0, Math.min(1, ((x - ax) * dx + (y - ay) * dy) / square)) : 0;
   return Math.hypot(x - ax - along * dx, y - ay - along * dy);
 }
 
 /** How a digit may arrive: where each of the 784 pixels of the result comes from. */
-function arrivals(pixelOrder) {
+export function arrivals(pixelOrder) {
   const all = Array.from({ length: 784 }, (_, i) => i);
   return {
     upright: all,
@@ -209,6 +271,6 @@ function arrivals(pixelOrder) {
 }
 
 /** What the network is given: the pixels in this order, standardised as `load_mnist` does. */
-function standardise(image, order) {
+export function standardise(image, order) {
   return Float32Array.from(order, (from) => (image[from] - 0.1307) / 0.3081);
 }

@@ -1,180 +1,190 @@
-// What the playground shows: drawing, knobs, bars, the curve. What computes is in network.js.
-"use strict";
+// What the playground shows: answers, knobs, bars. What computes is in network.js.
+import { drawCurve, HIGH, LOW, moveLine, STEPS, signed } from "./curve.js";
+import { $, element, storedBytes } from "./dom.js";
+import {
+  arrivals,
+  forward,
+  group,
+  largest,
+  rasterise,
+  readAdapter,
+  readBase,
+  readSafetensors,
+  softmax,
+  standardise,
+} from "./network.js";
+import { asCanvas, drawingArea } from "./paper.js";
 
 const percent = (p) => (p > 0.995 ? ">99 %" : p < 0.005 ? "<1 %" : `${Math.round(100 * p)} %`);
-const signed = (number) => number.toFixed(2).replace("-", "−");
 
-// --- What is stored in the page, and what the reader changes ---------------------------------
+// --- What the page begins with, what comes later, and what the reader changes ----------------
 
-const LOW = -1, HIGH = 2; // of a knob
-const file = readSafetensors(storedBytes());
-const base = readBase(group(file.tensors, "base"));
-const { images, labels, pixel_order } = group(file.tensors, "digits");
-const orders = arrivals(pixel_order.data);
-const examples = JSON.parse(file.metadata.examples);
+// The first digit, and its answers at each strength of one knob: they stand before the network.
+const opening = JSON.parse($("opening").textContent);
+let net = null; // {base, images, labels, examples}, once all has arrived
+let orders = { upright: [...Array(784).keys()] };
 
-const knobs = []; // {name, adapter, strength, input, output, row}
+const knobs = []; // {name, adapter, strength, input, value, row}
 let image = null; // 784 numbers from 0 to 1
-let strokes = []; // what the image was drawn from, if it was drawn
+let isNew = false; // strokes were added that `image` has not yet
+let label = null; // the digit that it is, where that is known
 let arrival = "upright"; // how it reaches the network
 let turned = null; // the knob that was turned last
+let tried = null; // the example that was set up, or the opening, until the digit changes
 
-// --- One answer per frame --------------------------------------------------------------------
+const paper = drawingArea($("paper"), { drawn, cleared: clear, digit: takeDigit });
+
+/** Parts of the stored numbers have arrived; the last one brings the network. */
+globalThis.arrived = (share) => {
+  $("progress").value = share;
+  if (share < 1) return;
+  const file = readSafetensors(storedBytes());
+  const { images, labels, pixel_order } = group(file.tensors, "digits");
+  const base = readBase(group(file.tensors, "base"));
+  net = { base, images, labels, examples: JSON.parse(file.metadata.examples) };
+  orders = arrivals(pixel_order.data);
+  for (const [name, config] of Object.entries(JSON.parse(file.metadata.adapters))) {
+    const adapter = readAdapter(group(file.tensors, name), config, base);
+    const knob = knobs.find((knob) => knob.name === name) ?? addKnob(name);
+    knob.adapter = adapter;
+  }
+  $("loading").hidden = true;
+  if (knobs.some(({ name }) => name === "european"))
+    $("more-kinds").textContent = ", European handwriting";
+  for (const control of document.querySelectorAll(":disabled")) control.disabled = false;
+  offerExamples();
+  const size = base.reduce((sum, { rows, columns }) => sum + rows * (columns + 1), 0);
+  $("footer").textContent =
+    "The network: RichBoyNet of notebook 3, 784 → 1000 → 2000 → 10, " +
+    `${size.toLocaleString("en")} numbers, its weights as int8. Nothing you draw or open leaves ` +
+    "this page.";
+  if (!image && !paper.strokes().length && !opening) takeDigit(2);
+  update();
+};
+
+// --- The answers -----------------------------------------------------------------------------
 
 let asked = false;
 function update() {
-  if (!asked) requestAnimationFrame(show);
+  if (!asked) requestAnimationFrame(show); // once a frame, however much has changed
   asked = true;
 }
 
-let alone = {}; // what the network says without adapters of the image at hand
+/** The probabilities alone and with the adapters; null while the network is on its way. */
+function answers() {
+  if (net) {
+    const x = standardise(image, orders[arrival]);
+    const mix = knobs.map((knob) => [knob.adapter, knob.strength]);
+    const alone = softmax(forward(net.base, x, []));
+    return { x, alone, mixed: mix.some(([, s]) => s) ? softmax(forward(net.base, x, mix)) : alone };
+  }
+  if (tried !== opening || !isOnlyKnob(opening?.knob)) return null;
+  const at = (strength) => opening.answers[Math.round((strength - LOW) * 20)];
+  return { x: "opening", alone: at(0), mixed: at(knobs.find(isOfOpening).strength) };
+}
+const isOfOpening = (knob) => knob.name === opening?.knob;
+const isOnlyKnob = (name) => knobs.every((knob) => knob.name === name || !knob.strength);
+
 function show() {
   asked = false;
-  $("hint").hidden = Boolean(image) || Boolean(pen.shown);
-  drawPaper();
-  drawSeen();
-  if (!image) {
-    for (const id of ["says-base", "says-lora"]) $(id).textContent = "–";
-    rows.forEach((row) => row.set(0, 0, false));
-    $("curve").replaceChildren();
-    $("curve-says").textContent = "";
-    return sweep(null);
-  }
-  if (alone.image !== image || alone.arrival !== arrival) {
-    const x = standardise(image, orders[arrival]);
-    alone = { image, arrival, x, answer: softmax(forward(base, x, [])) };
-  }
-  const mix = knobs.map((knob) => [knob.adapter, knob.strength]), start = performance.now();
-  const answer = softmax(forward(base, alone.x, mix)), top = largest(answer);
-  const took = performance.now() - start;
-  $("says-base").textContent = largest(alone.answer);
-  $("says-lora").textContent = top;
-  rows.forEach((row, digit) => row.set(answer[digit], alone.answer[digit], digit === top));
-  $("footer").textContent = `The network: RichBoyNet of notebook 3, ${FACTS}. This answer took `
-    + `${took.toFixed(0)} ms in your browser. Nothing you draw or open leaves this page.`;
-  moveLine();
-  sweep(alone.x);
-}
-const numbers = base.reduce((sum, { weight, bias }) => sum + weight.length + bias.length, 0);
-const FACTS = `784 → 1000 → 2000 → 10, ${numbers.toLocaleString("en")} numbers, its weights as int8`;
-
-// --- 1. Draw a digit -------------------------------------------------------------------------
-
-const paper = $("paper"), ink = paper.getContext("2d");
-const pen = { x: 0.5, y: 0.3, down: false, shown: false }; // moved by the keyboard
-
-function drawPaper() {
-  const size = paper.width;
-  ink.clearRect(0, 0, size, size);
-  if (image && !strokes.length) ink.drawImage(asCanvas(image), 0, 0, size, size);
-  ink.strokeStyle = "#fff";
-  ink.lineWidth = size / 12;
-  ink.lineCap = ink.lineJoin = "round";
-  for (const [first, ...rest] of strokes) {
-    ink.beginPath();
-    ink.moveTo(first[0] * size, first[1] * size);
-    for (const [x, y] of rest.length ? rest : [first]) ink.lineTo(x * size, y * size);
-    ink.stroke();
-  }
-  if (!pen.shown) return;
-  ink.beginPath();
-  ink.arc(pen.x * size, pen.y * size, size / 30, 0, 7);
-  ink.fillStyle = ink.strokeStyle = "#ee6fae";
-  ink.lineWidth = 5;
-  if (pen.down) ink.fill(); else ink.stroke();
-}
-
-function asCanvas(pixels) {
-  const canvas = element("canvas", { width: 28, height: 28 }), data = new ImageData(28, 28);
-  pixels.forEach((value, i) => data.data.set([255, 255, 255, 255 * value], 4 * i));
-  canvas.getContext("2d").putImageData(data, 0, 0);
-  return canvas;
-}
-
-function drawSeen() {
+  if (isNew) image = rasterise(paper.strokes());
+  isNew = false;
+  paper.paint(image);
   const seen = $("seen").getContext("2d");
   seen.clearRect(0, 0, 28, 28);
   if (image) seen.drawImage(asCanvas(Float32Array.from(orders[arrival], (i) => image[i])), 0, 0);
+  $("hint").hidden = Boolean(image);
+  const answer = image && answers();
+  $("says-base").textContent = answer ? largest(answer.alone) : image ? "…" : "–";
+  $("says-lora").textContent = answer ? largest(answer.mixed) : image ? "…" : "–";
+  rows.forEach((row, digit) => {
+    row.set(answer?.mixed[digit], answer?.alone[digit], answer && digit === largest(answer.mixed));
+  });
+  tellStory(answer);
+  announce(answer);
+  sweep(answer?.x);
 }
 
-/** Say what is drawn; `label` is the digit that it is, where that is known. */
-function describe(text, label) {
-  $("what").textContent = text;
-  $("label").textContent = label === undefined ? "" : `: a ${label}`;
+/** What a screen reader says, once the reader pauses. */
+let announcing = 0;
+function announce(answer) {
+  clearTimeout(announcing);
+  if (!answer) return;
+  const [alone, mixed] = [largest(answer.alone), largest(answer.mixed)];
+  const says = `The network says ${alone}, with the adapters ${mixed}.`;
+  announcing = setTimeout(() => {
+    if ($("heard").textContent !== says) $("heard").textContent = says;
+  }, 400);
 }
 
-function addPoint(point, begins) {
-  if (!strokes.length || begins) strokes.push([]);
-  strokes.at(-1).push(point);
-  image = rasterise(strokes);
-  describe("Your drawing");
+/** One sentence beside the digit: what to try, and what came of it. */
+function tellStory(answer) {
+  if (tried !== opening || !opening || !answer) return;
+  const [alone, mixed] = [largest(answer.alone), largest(answer.mixed)];
+  const isRight = mixed === opening.digit;
+  knobs.find(isOfOpening).row.classList.toggle("turn-this", !isRight);
+  const name = element("b", {}, opening.knob);
+  const lies = `This ${opening.digit} lies on its side, and the network says ${alone}. `;
+  $("story").replaceChildren(
+    ...(isRight
+      ? [lies, "With ", name, ` it says ${mixed}. Now draw your own, lying or upright.`]
+      : [lies, "Turn this up: ", name, "."]),
+  );
+}
+
+// --- The digit -------------------------------------------------------------------------------
+
+/** The strokes have changed, or the pen was moved. */
+function drawn() {
+  if (paper.strokes().length) {
+    isNew = true;
+    if (label !== null || tried) newDigit("Your drawing.");
+    $("what").textContent = "Your drawing.";
+  }
   update();
+}
+
+/** Another digit: what was said about the one before is over. */
+function newDigit(text, digit = null) {
+  label = digit;
+  tried = null;
+  $("what").textContent = text;
+  $("story").textContent = digit === null ? "" : `A test digit: a ${digit}. Or draw your own.`;
+  for (const { row } of knobs) row.classList.remove("turn-this");
+  for (const button of $("tries").children) button.setAttribute("aria-pressed", "false");
 }
 
 function clear() {
-  strokes = [];
+  paper.clear();
   image = null;
-  pen.down = false;
-  describe("");
+  isNew = false;
+  newDigit("");
   update();
 }
-
-const place = (event) => {
-  const box = paper.getBoundingClientRect();
-  return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
-};
-paper.addEventListener("pointerdown", (event) => {
-  if (event.button) return;
-  paper.setPointerCapture(event.pointerId);
-  pen.shown = pen.down = false;
-  addPoint(place(event), true);
-});
-paper.addEventListener("pointermove", (event) => {
-  if (!paper.hasPointerCapture(event.pointerId) || !strokes.length) return;
-  const events = event.getCoalescedEvents?.() ?? [];
-  for (const one of events.length ? events : [event]) addPoint(place(one), false);
-});
 $("clear").addEventListener("click", clear);
 
-const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-paper.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (/^[0-9]$/.test(event.key)) takeDigit(Number(event.key));
-  else if (event.key === "Delete" || event.key === "Backspace") clear();
-  else if (event.key === " ") {
-    pen.down = !pen.down;
-    if (pen.down) addPoint([pen.x, pen.y], true);
-  } else if (event.key in ARROWS) {
-    const [dx, dy] = ARROWS[event.key], inside = (at) => Math.min(0.95, Math.max(0.05, at));
-    pen.x = inside(pen.x + dx / 20);
-    pen.y = inside(pen.y + dy / 20);
-    if (pen.down) addPoint([pen.x, pen.y], false);
-  } else return;
-  pen.shown = true;
-  event.preventDefault();
-  update();
-});
-paper.addEventListener("blur", () => { pen.shown = false; update(); });
-
 const taken = {}; // how often a test digit was taken, for each label
-function takeDigit(label) {
-  const all = [...labels.data.keys()].filter((i) => labels.data[i] === label);
-  taken[label] = (taken[label] ?? -1) + 1;
-  takeImage(all[taken[label] % all.length]);
+function takeDigit(digit) {
+  if (!net) return;
+  const all = [...net.labels.data.keys()].filter((i) => net.labels.data[i] === digit);
+  taken[digit] = (taken[digit] ?? -1) + 1;
+  takeImage(all[taken[digit] % all.length]);
 }
 function takeImage(index) {
   clear();
-  image = Float32Array.from(images.data.subarray(784 * index, 784 * (index + 1)), (v) => v / 255);
-  describe(`A test digit: a ${labels.data[index]}. Or draw your own.`, labels.data[index]);
+  const pixels = net.images.data.subarray(784 * index, 784 * (index + 1));
+  image = Float32Array.from(pixels, (value) => value / 255);
+  newDigit(`A test digit: a ${net.labels.data[index]}.`, net.labels.data[index]);
 }
-for (let label = 0; label < 10; label++) {
-  const button = element("button", { type: "button", "aria-label": `test digit ${label}` }, `${label}`);
-  button.addEventListener("click", () => takeDigit(label));
+for (let digit = 0; digit < 10; digit++) {
+  const look = { type: "button", "aria-label": `test digit ${digit}`, disabled: "" };
+  const button = element("button", look, `${digit}`);
+  button.addEventListener("click", () => takeDigit(digit));
   $("digits").append(button);
 }
 
-for (const name of Object.keys(orders)) {
-  const input = element("input", { type: "radio", name: "arrive", value: name });
+for (const name of ["upright", "rotated", "mirrored", "scrambled"]) {
+  const input = element("input", { type: "radio", name: "arrive", value: name, disabled: "" });
   input.addEventListener("change", () => arrive(name));
   $("arrive").append(element("label", {}, input, element("span", {}, name)));
 }
@@ -184,14 +194,15 @@ function arrive(name) {
   update();
 }
 
-// --- 2. Turn the knobs -----------------------------------------------------------------------
+// --- The knobs -------------------------------------------------------------------------------
 
-function addKnob(name, adapter) {
-  const id = `knob-${knobs.length}`;
+let added = 0;
+function addKnob(name, adapter = null) {
+  const id = `knob-${added++}`;
   const input = element("input", { type: "range", id, min: LOW, max: HIGH, step: 0.05 });
-  const output = element("output", { for: id });
-  const row = element("div", { class: "knob" }, element("label", { for: id }, name), input, output);
-  const knob = { name, adapter, input, output, row };
+  const value = element("span", { class: "value", "aria-hidden": "true" });
+  const row = element("div", { class: "knob" }, element("label", { for: id }, name), input, value);
+  const knob = { name, adapter, input, value, row };
   input.addEventListener("input", () => turn(knob, Number(input.value)));
   knobs.push(knob);
   $("knobs").append(row);
@@ -200,11 +211,14 @@ function addKnob(name, adapter) {
 }
 
 function turn(knob, strength) {
-  const { input, output, row } = turned = knob, text = strength ? signed(strength) : "off";
-  knob.strength = input.value = strength;
+  const { input, value, row } = knob;
+  const text = strength ? signed(strength) : "off";
+  turned = knob;
+  knob.strength = strength;
+  input.value = strength;
   input.style.setProperty("--value", (strength - LOW) / (HIGH - LOW));
   input.setAttribute("aria-valuetext", text);
-  output.textContent = text;
+  value.textContent = text;
   row.classList.toggle("off", !strength);
   update();
 }
@@ -216,9 +230,19 @@ function turnAll(strengths, last) {
 }
 $("off").addEventListener("click", () => turnAll({}, turned?.name));
 
+function remove(knob) {
+  knobs.splice(knobs.indexOf(knob), 1);
+  knob.row.remove();
+  if (turned === knob) turned = knobs[0];
+  tell(`“${knob.name}” is gone.`);
+  turned.input.focus();
+  update();
+}
+
 /** Take an adapter's files: the weights and, unless the weights say it too or α is guessed, the settings. */
 async function take(files) {
   try {
+    if (!net) throw new Error("the network is still on its way");
     const [weights, ...more] = files.filter(({ name }) => name.endsWith(".safetensors"));
     if (!weights || more.length) throw new Error("one file named ….safetensors is needed");
     if (weights.size > 1e8) throw new Error("the file is larger than the network");
@@ -226,18 +250,28 @@ async function take(files) {
     const inside = metadata["adapter_config.json"];
     const beside = await files.find(({ name }) => name.endsWith(".json"))?.text();
     const bare = !beside && !inside;
-    const [config, saved] = bare ? Array(2).fill(assumed(tensors)) : [beside ?? inside, inside ?? beside].map(settings);
+    const [config, saved] = bare
+      ? Array(2).fill(assumed(tensors))
+      : [beside ?? inside, inside ?? beside].map(settings);
     if (config.r !== saved.r || config.lora_alpha !== saved.lora_alpha)
       throw new Error("adapter_config.json is not the one saved with these numbers");
-    const adapter = readAdapter(tensors, config, base);
-    const own = knobs.filter(({ name }) => name.startsWith("yours")).length;
-    const knob = addKnob(own ? `yours ${own + 1}` : "yours", adapter);
+    const adapter = readAdapter(tensors, config, net.base);
+    const own = knobs.map(({ name }) => name).filter((name) => name.startsWith("yours"));
+    let name = "yours";
+    for (let i = 2; own.includes(name); i++) name = `yours ${i}`;
+    const knob = addKnob(name, adapter);
     turn(knob, 1);
     if (bare) askForAlpha(knob);
-    tell(`“${knob.name}” is a knob now, at 1: rank ${adapter.rank}, α = ${adapter.alpha}, `
-      + `on ${Object.keys(adapter.layers).join(", ")}.`
-      + (bare ? " PEFT’s file does not say its α. It is assumed to be the rank: put the right one"
-        + " beside the knob, or drop adapter_config.json, too." : ""));
+    const look = { type: "button", class: "remove", "aria-label": `Remove ${name}` };
+    const button = element("button", look, "✕");
+    button.addEventListener("click", () => remove(knob));
+    knob.row.append(button);
+    const facts = `rank ${adapter.rank}, α = ${adapter.alpha}, on ${Object.keys(adapter.layers).join(", ")}.`;
+    const guess = bare
+      ? " PEFT’s file does not say its α. It is assumed to be the rank: put the right one" +
+        " beside the knob, or drop adapter_config.json, too."
+      : "";
+    tell(`“${name}” is a knob now, at 1: ${facts}${guess}`);
   } catch (error) {
     tell(`Not taken, nothing has changed: ${error.message}.`, true);
   }
@@ -254,6 +288,7 @@ function askForAlpha({ name, adapter, row }) {
   input.addEventListener("input", () => {
     if (!(Number(input.value) > 0)) return;
     adapter.alpha = Number(input.value);
+    swept = "";
     update();
   });
   row.append(element("label", { class: "alpha" }, `α of ${name}`, input));
@@ -286,111 +321,118 @@ document.addEventListener("drop", (event) => {
   take([...event.dataTransfer.files]);
 });
 
-// --- 3. How sure is it? ----------------------------------------------------------------------
+// --- How sure is it? -------------------------------------------------------------------------
 
 const rows = Array.from({ length: 10 }, (_, digit) => {
   const [lora, plain] = ["lora", "base"].map((kind) => element("i", { class: kind }));
   const [mixed, before] = [element("td"), element("td")];
-  const bars = element("td", {}, element("div", { class: "bars", "aria-hidden": "true" }, lora, plain));
-  const row = element("tr", {}, element("th", { scope: "row" }, `${digit}`), bars, mixed, before);
+  const bars = element("div", { class: "bars", "aria-hidden": "true" }, lora, plain);
+  const name = element("th", { scope: "row" }, `${digit}`);
+  const row = element("tr", {}, name, element("td", {}, bars), mixed, before);
   $("bars").append(row);
   return {
-    set(p, alone, top) {
-      lora.style.transform = `scaleX(${p})`;
-      plain.style.transform = `scaleX(${alone})`;
-      mixed.textContent = image ? percent(p) : "";
-      before.textContent = image ? percent(alone) : "";
-      row.classList.toggle("top", top);
+    set(p, alone, isTop) {
+      lora.style.transform = `scaleX(${p ?? 0})`;
+      plain.style.transform = `scaleX(${alone ?? 0})`;
+      mixed.textContent = p === undefined ? "" : percent(p);
+      before.textContent = alone === undefined ? "" : percent(alone);
+      row.classList.toggle("top", Boolean(isTop));
     },
   };
 });
 
 // --- The whole range of one knob -------------------------------------------------------------
 
-const STEPS = Array.from({ length: 61 }, (_, i) => LOW + i / 20);
-const BOX = { left: 46, right: 400, top: 10, bottom: 200 };
-const toX = (strength) => BOX.left + (strength - LOW) / (HIGH - LOW) * (BOX.right - BOX.left);
-const toY = (p) => BOX.bottom - p * (BOX.bottom - BOX.top);
+// Some of the strengths first, the others between them after.
+const ORDER = [...STEPS.keys()].sort((a, b) => (a % 6 > 0) - (b % 6 > 0));
+let swept = ""; // what the curve is about: the digit, the knob, the others
+let curves = [];
 
-/** The answers for x at all strengths of the knob turned last; a later call ends this one. */
-let sweeps = 0;
+/** Compute the curve anew where it is about something else; say so until it is there. */
 async function sweep(x) {
-  const mine = ++sweeps, knob = turned, curves = [];
+  const knob = turned;
   const others = knobs.filter((other) => other !== knob && other.strength);
-  await new Promise((resume) => setTimeout(resume, 80)); // while a knob turns, only the answer
-  for (const strength of x && knob ? STEPS : []) {
-    if (mine !== sweeps) return;
-    const mix = [...others, { ...knob, strength }].map((k) => [k.adapter, k.strength]);
-    curves.push(softmax(forward(base, x, mix)));
-    if (curves.length % 2 === 0) await new Promise((resume) => setTimeout(resume));
+  if (!x || !knob) {
+    swept = "";
+    $("curve").replaceChildren();
+    $("curve-says").textContent = "";
+    return;
   }
-  if (curves.length && mine === sweeps) drawCurve(curves, knob, others);
+  const about = JSON.stringify([Boolean(net), knob.name, others.map((k) => [k.name, k.strength])]);
+  const mine = `${about} ${x}`;
+  if (mine === swept) {
+    drawCurves(knob, others);
+    return;
+  }
+  swept = mine;
+  if (!net) {
+    curves = opening.answers;
+    drawCurves(knob, others);
+    return;
+  }
+  $("curve").classList.add("stale");
+  $("curve-says").textContent = "Computing the curve …";
+  curves = STEPS.map(() => null);
+  let paused = performance.now();
+  await new Promise((resume) => setTimeout(resume));
+  for (const [done, i] of ORDER.entries()) {
+    if (mine !== swept) return;
+    const mix = [...others, { ...knob, strength: STEPS[i] }].map((k) => [k.adapter, k.strength]);
+    curves[i] = softmax(forward(net.base, x, mix));
+    const isCoarse = done === 10; // of eleven points
+    if (!isCoarse && performance.now() - paused < 12) continue;
+    if (done >= 10) drawCurves(knob, others);
+    await new Promise((resume) => setTimeout(resume)); // the answer goes first
+    paused = performance.now();
+  }
+  if (mine === swept) drawCurves(knob, others);
 }
 
-function drawCurve(curves, knob, others) {
-  BOX.right = Math.max(280, $("curve").clientWidth) - 12;
-  $("curve").setAttribute("viewBox", `0 0 ${BOX.right + 12} 246`);
-  const at = (strength) => largest(curves[Math.round((strength - LOW) * 20)]);
-  const now = at(knob.strength), first = at(0), nodes = [];
-  const label = (text, x, y, more) => nodes.push(svg("text", { x, y, ...more }, `${text}`));
-  const middle = { "text-anchor": "middle" };
-  for (const p of [0, 0.5, 1]) {
-    nodes.push(svg("line", { x1: BOX.left, x2: BOX.right, y1: toY(p), y2: toY(p) }));
-    label(`${100 * p} %`, BOX.left - 6, toY(p) + 4, { "text-anchor": "end" });
-  }
-  for (const s of [-1, 0, 1, 2]) label(String(s).replace("-", "−"), toX(s), BOX.bottom + 18, middle);
-  const more = others.length ? ", the other knobs as they stand" : "";
-  label(`strength of “${knob.name}”${more}`, (BOX.left + BOX.right) / 2, BOX.bottom + 38, middle);
-  const importance = (digit) => 2 * (digit === now) + (digit === first);
-  const digits = [...curves[0].keys()].sort((a, b) => importance(a) - importance(b));
-  for (const digit of digits) {
-    const p = curves.map((curve) => curve[digit]), top = Math.max(...p);
-    const kind = { class: digit === now ? "now" : digit === first ? "first" : "other" };
-    const points = p.map((value, i) => `${toX(STEPS[i]).toFixed(1)} ${toY(value).toFixed(1)}`);
-    nodes.push(svg("path", { ...kind, d: `M${points.join("L")}` }));
-    const highest = [...p.keys()].filter((i) => p[i] > top - 0.02); // the label stands amid these
-    const x = toX(STEPS[highest[Math.floor(highest.length / 2)]]);
-    if (top > 0.2) label(digit, x, toY(top) + (top > 0.9 ? 16 : -5), { ...kind, ...middle });
-  }
-  nodes.push(svg("line", { class: "here", y1: BOX.top, y2: BOX.bottom }));
-  $("curve").replaceChildren(...nodes);
-  moveLine();
-  const said = curves.map(largest), changes = [...said.keys()].filter((i) => i && said[i] !== said[i - 1]);
-  const list = changes.map((i) => `, from ${signed(STEPS[i])} on ${said[i]}`).join("");
-  $("curve-says").textContent = changes.length
-    ? `At −1 of “${knob.name}” the answer is ${said[0]}${list}.`
-    : `The answer is ${said[0]} at each strength of “${knob.name}”.`;
-}
-
-/** Move the dashed line to where the knob stands. */
-function moveLine() {
-  const line = document.querySelector("#curve .here");
-  for (const end of ["x1", "x2"]) line?.setAttribute(end, toX(turned?.strength ?? 0));
+function drawCurves(knob, others) {
+  if (curves.filter(Boolean).length < 11) return moveLine($("curve"), knob.strength);
+  const says = drawCurve($("curve"), curves, knob.name, knob.strength, others.length > 0);
+  $("curve-says").textContent = says;
+  $("curve").classList.remove("stale");
 }
 new ResizeObserver(update).observe($("curve"));
 
 // --- Things to try, and the start ------------------------------------------------------------
 
-for (const item of document.querySelectorAll("[data-example]")) {
-  const example = examples[item.dataset.example];
-  item.hidden = !example; // none was found for this network
-  const button = element("button", { type: "button" }, "Set up");
-  const text = element("span", {}, ...item.childNodes);
-  item.replaceChildren(button, text);
-  button.addEventListener("click", () => {
-    takeImage(example.digit);
-    arrive(example.arrival);
-    turnAll(example.strengths, example.knob);
-    tell(text.textContent); // beside the knobs: on a phone the list is out of sight
-    turned.input.focus({ preventScroll: true });
-    document.querySelector(".knobs").scrollIntoView();
-  });
+function offerExamples() {
+  for (const text of document.querySelectorAll("[data-example]")) {
+    const name = text.dataset.example;
+    const example = net.examples[name];
+    if (!example) continue; // none was found for this network
+    const button = element(
+      "button",
+      { type: "button", "aria-pressed": "false" },
+      text.dataset.title,
+    );
+    button.dataset.try = name;
+    button.addEventListener("click", () => {
+      takeImage(example.digit);
+      arrive(example.arrival);
+      turnAll(example.strengths, example.knob);
+      button.setAttribute("aria-pressed", "true");
+      tried = example;
+      $("story").replaceChildren(...text.cloneNode(true).childNodes);
+      turned.row.classList.add("turn-this");
+      turned.input.focus({ preventScroll: true });
+      const box = turned.row.getBoundingClientRect();
+      if (box.top < 0 || box.bottom > innerHeight) turned.row.scrollIntoView({ block: "center" });
+    });
+    $("tries").append(button);
+  }
 }
-for (const item of document.querySelectorAll(".try li:not([data-example])"))
-  item.replaceChildren(element("span", {}, ...item.childNodes));
 
-for (const [name, config] of Object.entries(JSON.parse(file.metadata.adapters)))
-  addKnob(name, readAdapter(group(file.tensors, name), config, base));
-if (knobs.some(({ name }) => name === "rotated")) turnAll({}, "rotated");
+for (const name of opening?.knobs ?? []) addKnob(name);
 arrive("upright");
-takeDigit(2);
+if (opening) {
+  const pixels = atob(opening.pixels);
+  image = Float32Array.from(pixels, (letter) => letter.charCodeAt(0) / 255);
+  label = opening.digit;
+  tried = opening;
+  turned = knobs.find(isOfOpening);
+  $("what").textContent = `A test digit: a ${label} that lies on its side.`;
+  $("progress").value = 0.02;
+}

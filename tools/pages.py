@@ -22,44 +22,63 @@ import safetensors.numpy
 from matplotlib.cbook import get_sample_data
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+DOCS = ROOT / "docs"
+sys.path += [str(ROOT), str(DOCS)]
+from conf import SITE  # noqa: E402
+from heads import meta  # noqa: E402
+
 from playground import inline, page  # noqa: E402
 
-NOTEBOOKS, DOCS = ROOT / "notebooks", ROOT / "docs"
+NOTEBOOKS = ROOT / "notebooks"
 SOURCE = ROOT / "build" / "site-source"
 STORED = ROOT / "data" / "playground.safetensors"
 
 BADGE = re.compile(r"^\[!\[Open in Colab\].*\n+", flags=re.MULTILINE)  # the theme has a button
 NEIGHBOURS = re.compile(r"^(Previous|Next): \[.*\n*", flags=re.MULTILINE)  # and arrows
-PREDICT = re.compile(r"(?<=\n\n)(?=[^\n]*\*\*Predict)|\A(?=[^\n]*\*\*Predict)")
+PREDICT = re.compile(r"(?<=\n\n)(?=\*\*Predict)|\A(?=\*\*Predict)")
+TITLE = re.compile(r"\A# @title (.*)\n")  # the first line of a folded cell
+MINUTES = re.compile(r"\*\*Reading time\*\* (\d+ minutes)")
 PART = re.compile(r"^\| \*\*\w+\*\* \| \*\*(.+?)\*\*")  # a row of the README's table
 ENTRY = re.compile(r"^\| \d+ \| \[.+?\]\(notebooks/(\w+)\.ipynb\) \| (.+?) \|")
+ICONS = re.compile(
+    r"^ *<script defer src=\"[./]*_static/scripts/fontawesome.*\n", flags=re.MULTILINE
+)
+GLYPHS = re.compile(r"@font-face\{.*?\}|\.fa-[^{}]*\{--fa:[^{}]*\}")
+UNUSED = ("**/*.map", "scripts/fontawesome*", "vendor", "locales")  # half of the theme's megabytes
 
 
 def build(folder: Path) -> int:
     """Build the site into a folder; return the status of Sphinx, which is not 0 after a warning."""
     prepare()
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", SOURCE, folder]
-    return subprocess.run(command, check=False).returncode
+    status = subprocess.run(command, check=False).returncode
+    lighten(folder)
+    return status
 
 
 def prepare() -> None:
     """Write what Sphinx reads into SOURCE."""
     shutil.rmtree(SOURCE, ignore_errors=True)
-    shutil.copytree(DOCS, SOURCE)
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
-        join_set_up(notebook)
-        for cell in notebook.cells:
-            adapt(cell)
-        nbformat.write(notebook, SOURCE / path.name)
+    shutil.copytree(DOCS, SOURCE, ignore=shutil.ignore_patterns("__pycache__"))
+    (SOURCE / "deeper").mkdir()
+    shutil.copy(ROOT / "playground" / "icon.svg", SOURCE / "_static" / "favicon.svg")
+    main = {path.stem: read(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    below: dict[str, list[str]] = {name: [] for name in main}
+    for path in sorted(NOTEBOOKS.glob("deeper/*.ipynb")):
+        above = next(name for name in main if name[:2] == path.stem[:2])
+        below[above].append(f"deeper/{path.stem}")
+        nbformat.write(read(path), SOURCE / "deeper" / path.name)
+    minutes = {}
+    for name, notebook in main.items():
+        minutes[name] = MINUTES.search(notebook.cells[0].source)
+        if below[name]:
+            tree = "\n".join(below[name])
+            cell = nbformat.v4.new_markdown_cell(f"```{{toctree}}\n:hidden:\n\n{tree}\n```")
+            notebook.cells.append(cell)
+        nbformat.write(notebook, SOURCE / f"{name}.ipynb")
     with (SOURCE / "index.md").open("a", encoding="utf-8") as index:
-        index.write(contents())
-    extra = SOURCE / "extra"
-    extra.mkdir()
-    for_the_site = page(STORED.read_bytes()).replace('id="home" hidden', 'id="home"')
-    (extra / "playground.html").write_text(for_the_site, encoding="utf-8", newline="\n")
-    write_tools(extra)
+        index.write(contents(below, minutes))
+    write_tools(SOURCE / "extra")
     for file in metadata.files("sphinx-mathjax-offline"):  # of 24 MB the pages need 2
         path = str(file).partition("static/")[2]
         if path == "mathjax/tex-chtml.js" or path.startswith("mathjax/output/chtml/fonts/woff-v2"):
@@ -67,13 +86,46 @@ def prepare() -> None:
             shutil.copy(file.locate(), SOURCE / "_static" / path)
 
 
+def read(path: Path) -> nbformat.NotebookNode:
+    """Return a notebook with the site's tags and marks."""
+    notebook = nbformat.read(path, as_version=4)
+    join_set_up(notebook)
+    for cell in notebook.cells:
+        adapt(cell)
+    return notebook
+
+
+def lighten(folder: Path) -> None:
+    """Take out what the theme brings and no page needs. docs/_static/icons.css draws its icons."""
+    for path in folder.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(ICONS.sub("", text), encoding="utf-8", newline="\n")
+    static = folder / "_static"
+    styles = static / "styles" / "pydata-sphinx-theme.css"
+    styles.write_text(GLYPHS.sub("", styles.read_text(encoding="utf-8")), encoding="utf-8")
+    for pattern in UNUSED:
+        for path in static.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def write_tools(folder: Path) -> None:
-    """Write the two pages beside the playground: the memory calculator and the rank slider."""
-    memory = inline("memory.html")
-    (folder / "memory.html").write_text(memory, encoding="utf-8", newline="\n")
+    """Write the pages that Sphinx does not make: those to touch, and the one for lost readers."""
+    folder.mkdir(parents=True, exist_ok=True)
     terms = base64.b64encode(safetensors.numpy.save(svd_terms(photograph()))).decode()
-    rank = inline("rank.html").replace("<!-- stored -->", terms)
-    (folder / "rank.html").write_text(rank, encoding="utf-8", newline="\n")
+    home = f'href="/{SITE.split("/", 3)[3]}/index.html"'  # a lost reader may be in any folder
+    pages = {
+        "playground": page(STORED.read_bytes()).replace('id="home" hidden', 'id="home"'),
+        "memory": inline("memory.html"),
+        "rank": inline("rank.html").replace("<!-- stored -->", terms),
+        "404": inline("404.html").replace('href="index.html"', home),
+    }
+    for name, text in pages.items():
+        title = re.search("<title>(.*?)</title>", text)[1]
+        lead = re.search('<p class="lead">(.*?)</p>', text, re.S)[1]
+        lead = " ".join(re.sub("<.*?>", "", lead).replace("&nbsp;", " ").split())
+        card = meta(title, lead, f"{SITE}/{name}.html", f"{SITE}/_static/playground.png")
+        text = text.replace("<!-- meta -->", card)
+        (folder / f"{name}.html").write_text(text, encoding="utf-8", newline="\n")
 
 
 def photograph() -> np.ndarray:
@@ -103,10 +155,11 @@ def svd_terms(photo: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def contents() -> str:
+def contents(below: dict[str, list[str]], minutes: dict[str, re.Match | None]) -> str:
     """Markdown for the first page: all notebooks, in the parts that the README's table has.
 
-    A notebook that the table lacks stands at the end of the part before it.
+    A notebook that the table lacks stands at the end of the part before it. `below` has the deeper
+    notebooks of each main one, `minutes` the time that it takes to read, where it says so.
     """
     part_of, question_of, part = {}, {}, "The notebooks"
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
@@ -115,14 +168,17 @@ def contents() -> str:
         elif found := ENTRY.match(line):
             part_of[found[1]], question_of[found[1]] = part, found[2]
     parts: dict[str, list[str]] = {}
-    for name in sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")):
+    for name in below:
         part = part_of.get(name) or next(reversed(parts), part)
         parts.setdefault(part, []).append(name)
     text = ""
     for part, names in parts.items():
         tree = "\n".join(names)
         text += f"\n```{{toctree}}\n:hidden:\n:caption: {part}\n\n{tree}\n```\n\n**{part}**\n\n"
-        text += "".join(f"- {{doc}}`{n}`  \n  {question_of.get(n, '')}\n" for n in names)
+        for name in names:
+            time = f" · {minutes[name][1]}" if minutes[name] else ""
+            text += f"- {{doc}}`{name}`{time}  \n  {question_of.get(name, '')}\n"
+            text += "".join(f"  - Deeper: {{doc}}`{deeper}`\n" for deeper in below[name])
     return text
 
 
@@ -130,25 +186,30 @@ def join_set_up(notebook: nbformat.NotebookNode) -> None:
     """Make one cell of the set-up cell and the imports that follow it."""
     first = next(cell for cell in notebook.cells if cell.id == "setup")
     rest = notebook.cells[notebook.cells.index(first) + 1 :]
-    while rest[0].id.startswith("imports"):
+    while rest and rest[0].id.startswith("imports"):
         first.source += f"\n\n{rest[0].source}"
         notebook.cells.remove(rest.pop(0))
 
 
 def adapt(cell: nbformat.NotebookNode) -> None:
-    """Fold solutions, mark each "Predict.", describe figures, drop what the theme has itself."""
+    """Fold what is folded, mark each "Predict.", describe figures, drop what the theme has."""
     if cell.cell_type == "markdown":
         text = NEIGHBOURS.sub("", BADGE.sub("", cell.source))
         cell.source = PREDICT.sub("% predict\n\n", text)  # a comment, for docs/folds.py
         return
     tags, look = cell.metadata.setdefault("tags", []), cell.metadata.setdefault("mystnb", {})
-    if "solution" in tags:
-        tags.append("hide-cell")
-        look["code_prompt_show"] = look["code_prompt_hide"] = "Solution"
-        cell.source = re.sub(r"\A# @title .*\n", "", cell.source)
-    elif cell.id == "setup":
-        tags.append("hide-input")
-        look["code_prompt_show"] = look["code_prompt_hide"] = "Set-up and imports"
+    title = TITLE.match(cell.source)
+    cell.source = TITLE.sub("", cell.source)
+    folds = {
+        "solution": ("hide-cell", "Solution"),
+        "promises": ("hide-cell", "What this notebook promises"),
+        "folded": ("hide-input", title[1] if title else "Code"),
+        "setup": ("hide-input", "Set-up and imports"),
+    }
+    for name in folds.keys() & {*tags, cell.id}:
+        tag, look["code_prompt_show"] = folds[name]
+        look["code_prompt_hide"] = look["code_prompt_show"]
+        tags.append(tag)
     for output in cell.outputs:
         if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
             look["image"] = {"alt": alt}
@@ -156,8 +217,8 @@ def adapt(cell: nbformat.NotebookNode) -> None:
 
 def keep(written: Path = NOTEBOOKS / "playground.html") -> None:
     """Take the numbers out of the page that notebook 4 wrote, and keep them in STORED."""
-    found = re.search(r'id="stored">([^<]+)<', written.read_text(encoding="utf-8"))
-    STORED.write_bytes(base64.b64decode(found[1]))
+    pieces = re.findall(r'class="stored">([^<]+)<', written.read_text(encoding="utf-8"))
+    STORED.write_bytes(base64.b64decode("".join(pieces)))
 
 
 if __name__ == "__main__":
