@@ -80,7 +80,7 @@ class LoRALinear(LoRAFactors):
         h = self.base(x, *args, **kwargs)  # W₀x + b
         if self.strength == 0:  # off: the base bit for bit, even where 0 · ∞ would be NaN
             return h
-        x = x.to(self.lora_A.dtype)
+        x = x.to(self.lora_A.dtype)  # both over a 16-bit base and under autocast
         return (h + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)).to(h.dtype)
 
     @property
@@ -256,13 +256,13 @@ def _refuse_unadaptable(model: nn.Module, name: str, layer: nn.Linear, load: boo
     """Raise a ValueError if LoRA in this place would fail later or be passed over in silence."""
     places = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
     tensors = [*layer.parameters(), *layer.buffers()]
-    is_elsewhere = any(tensor.is_meta for tensor in tensors)  # _hf_hook: by accelerate
+    is_lost = any(tensor.is_meta for tensor in tensors) and (load or hasattr(layer, "_hf_hook"))
     faults = {
         f"{' and '.join(places)} are one layer": len(places) > 1,
         "its weight has a parametrization already": parametrize.is_parametrized(layer, "weight"),
         "it has no weight before its first forward pass": layer.in_features == 0,  # LazyLinear
         "its weight is complex": any(tensor.is_complex() for tensor in tensors),
-        "its weight is offloaded": is_elsewhere and (load or hasattr(layer, "_hf_hook")),
+        "its weight is offloaded, or not loaded": is_lost,  # _hf_hook: by accelerate
     }
     for fault, is_there in faults.items():
         if is_there:
@@ -286,7 +286,7 @@ def _refuse_unmergeable(model: nn.Module, layers: dict[str, LoRALinear]) -> None
         weight = dict(layer.base.named_parameters()).get("weight")  # not a computed one
         is_stored = type(weight) is nn.Parameter and not weight.is_meta
         if not is_stored or not weight.is_floating_point() or weight.itemsize == 1:
-            raise ValueError(f"{name}.weight is not stored as floats: dequantise it, or fold it in")
+            raise ValueError(f"{name}.weight is not stored as floats: dequantise or fold it in")
         names = [n for n, p in named if p is weight]  # a tied output head is the embedding, too
         if len(names) > 1:
             raise ValueError(f"merging would change {' and '.join(names)}: they are one")
