@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import sys
 from importlib.metadata import version
@@ -46,6 +47,7 @@ def with_zeros(shape):
 # The quantiser
 
 if sys.platform == "linux":  # as in requirements.txt
+    from bitsandbytes.backends.cpu import ops
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     NF4_AS_OURS = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": False}
@@ -84,6 +86,11 @@ if sys.platform == "linux":  # as in requirements.txt
         packed, state = quantize_4bit(torch.randn(64, columns), **NF4_AS_OURS)
         back = dequantize_4bit(packed, state)
         assert torch.allclose(back, code_times_scale(packed, state), rtol=1e-5, atol=0)
+
+    def test_only_its_errors_are_heard():
+        """Its warning of a missing package would stand in a reader's notebook."""
+        logger = logging.getLogger(ops.__name__)
+        assert logger.isEnabledFor(logging.ERROR) and not logger.isEnabledFor(logging.WARNING)
 
     def test_the_stored_results_are_bitsandbytes_own():
         theirs = sweep_four_bits.reference()
