@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ def with_zeros(shape):
 # The quantiser
 
 if sys.platform == "linux":  # as in requirements.txt
+    from bitsandbytes.backends.cpu import ops
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -50,6 +52,11 @@ if sys.platform == "linux":  # as in requirements.txt
         assert torch.allclose(scales, state.absmax, rtol=0, atol=1e-37)
         assert scales[scales > 0].equal(state.absmax[scales > 0])
         assert rounded(weight, NF4).to(dtype).equal(dequantize_4bit(packed, state))
+
+    def test_only_its_errors_are_heard():
+        """Its warning of a missing package would stand in a reader's notebook."""
+        logger = logging.getLogger(ops.__name__)
+        assert logger.isEnabledFor(logging.ERROR) and not logger.isEnabledFor(logging.WARNING)
 
     def test_the_stored_results_are_bitsandbytes_own():
         stored = json.loads(sweep_four_bits.RESULT_FILE.read_text(encoding="utf-8"))

@@ -108,11 +108,13 @@ def test_richboynet_costs_what_notebook_6_measures(open_tool, six):
             parts = six["mixed_precision_bytes"](form)
             network, images = six["build"](form).bfloat16(), six["images"].bfloat16()
             loss = lambda logits: six["classification_loss"](logits.float())  # noqa: E731
-            kept = six["kept_for_backward"](network, images, loss)[1]
+            with six["kept_for_backward"](network) as kept:
+                loss(network(images))
             assert mixed[way] == parts | {"activations": six["byte_count"](kept)}
     small = RichBoyNet()
     add_lora(small, rank=8, alpha=8, targets=["fc3"])
-    kept = six["kept_for_backward"](small, six["images"], six["classification_loss"])[1]
+    with six["kept_for_backward"](small) as kept:
+        six["classification_loss"](small(six["images"]))
     found = bill(page, "RichBoyNet (notebook 3)", targets=["fc3"])
     assert found["lora"]["activations"] == six["byte_count"](kept)
     assert found["trained"] == count_parameters(small).trainable
