@@ -137,6 +137,7 @@ COLORS = {
     "gradients": "#56b4e9",
     "optimizer": "#0072b2",
     "activations": "#f0e442",
+    "logits": "#cc3311",
     "forward": "#bdbdbd",
     "backward": "#e0e0e0",
     # Codes of numbers in few bits, and the weights that they stand for
