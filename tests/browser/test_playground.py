@@ -9,13 +9,14 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig
 
 import pages
 import playground
 from conftest import open_page, violations
 from lora_tasks import RichBoyNet, load_mnist, pretrained_richboynet
 from lora_utils import CONFIG_FILE, WEIGHTS_FILE, add_lora, load_adapter, lora_layers, save_adapter
+
+from peft import LoraConfig
 
 # How the digits arrive, and the strengths of the adapters.
 SETTINGS = [
