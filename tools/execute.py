@@ -7,7 +7,6 @@ python tools/execute.py seeds [NAME ...]    with other seeds: which claims fail?
 """
 
 import argparse
-import base64
 import os
 import re
 import sys
@@ -25,10 +24,6 @@ from conventions import NOTEBOOK_METADATA, ROOT, SEED, folding
 
 NOTEBOOKS = ROOT / "notebooks"
 BUILD = ROOT / "build"
-
-# The README's picture is a stored figure: this notebook's, of this cell.
-PICTURE = NOTEBOOKS / "picture.png"
-PICTURE_FROM = ("02_lora_regression", "plot")
 
 
 # Executing
@@ -107,8 +102,6 @@ def refresh(paths: list[Path]) -> bool:
         print(report, flush=True)
         if ok:
             clean(notebook)
-            if path.stem == PICTURE_FROM[0]:
-                PICTURE.write_bytes(figure(notebook, PICTURE_FROM[1]))
             write(path, notebook)
         passed &= ok
     return passed
@@ -124,13 +117,6 @@ def clean(notebook: nbformat.NotebookNode) -> None:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     CoalesceStreamsPreprocessor().preprocess(notebook, {})
-
-
-def figure(notebook: nbformat.NotebookNode, cell_id: str) -> bytes:
-    """The PNG stored in the outputs of a cell."""
-    [cell] = [cell for cell in notebook.cells if cell.id == cell_id]
-    [png] = [out.data["image/png"] for out in cell.outputs if "image/png" in out.get("data", {})]
-    return base64.b64decode(png)
 
 
 # seeds
