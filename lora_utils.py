@@ -80,7 +80,7 @@ class LoRALinear(LoRAFactors):
         h = self.base(x, *args, **kwargs)  # W₀x + b
         if self.strength == 0:  # off: the base bit for bit, even where 0 · ∞ would be NaN
             return h
-        x = x.to(self.lora_A.dtype)  # both over a 16-bit base and under autocast
+        x = x.to(self.lora_A.dtype)  # from the 16 bits of a base that has no more
         return (h + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)).to(h.dtype)
 
     @property
@@ -91,6 +91,7 @@ class LoRALinear(LoRAFactors):
             raise AttributeError("the weight is packed")
         return W0 if self.strength == 0 else (W0 + self.delta_W()).to(W0.dtype)
 
+    # What else other code may read of a linear layer.
     bias = property(lambda self: self.base.bias)
     in_features = property(lambda self: self.base.in_features)
     out_features = property(lambda self: self.base.out_features)
@@ -158,7 +159,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def set_lora_strength(model: nn.Module, strength: float) -> None:
-    """Scale the update of every adapted layer: 1 is as trained, 0 is the base model exactly."""
+    """Scale the update of every adapted layer: 1 is as trained, 0 is off (see `lora_disabled`)."""
     found = [module for module in model.modules() if isinstance(module, LoRAFactors)]
     if not found:
         raise ValueError("the model has no LoRA: call add_lora first")
