@@ -44,19 +44,20 @@ def pick_device() -> torch.device:
 def train(
     model: nn.Module, loss_of: Callable[[int], torch.Tensor], steps: int, lr: float
 ) -> list[float]:
-    """Train what needs a gradient with Adam, in place; `loss_of(step)` is the loss of a step.
+    """Use Adam to train, in place, each parameter that needs a gradient.
 
-    The learning rate falls linearly from `lr` to zero, so that the result does not depend on the
-    last few batches. A frozen batch norm keeps its statistics, too: without LoRA, the base is
-    still the base. Returns the loss of each step, before the update that it causes.
+    `loss_of(step)` computes the loss of a step. The learning rate falls linearly from `lr` to zero,
+    so that the result does not depend on the last few batches. A batch norm whose weight does not
+    learn keeps its statistics, too, so that the base without LoRA is still the base. Returns the
+    loss of each step, before its update, and leaves the model in evaluation mode.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable or steps < 1:
         raise ValueError(f"nothing to train: {len(trainable)} trainable tensors, {steps} steps")
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
-            module.train(module.weight.requires_grad)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(module.weight is not None and module.weight.requires_grad)
     optimizer = torch.optim.Adam(trainable, lr=lr, fused=True)  # the same step, in one call
     losses = []
     for step in tqdm(range(steps), leave=False):
@@ -74,8 +75,9 @@ def train(
 
 
 def byte_count(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes that the tensors' memory takes."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    """Return the bytes that the tensors' memory takes; what they share counts once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @contextmanager
@@ -123,7 +125,7 @@ class _Alive(TorchDispatchMode):
         for tensor in tree_leaves(result):
             storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
             if storage is not None and storage.data_ptr() not in self.known:
-                self.known.add(storage.data_ptr())  # until the last tensor in it is gone:
+                self.known.add(storage.data_ptr())  # counted until its last tensor is gone
                 weakref.finalize(storage, self.free, storage.data_ptr(), storage.nbytes())
                 self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
@@ -143,7 +145,7 @@ class Digits(NamedTuple):
 
 
 def load_mnist(device: torch.device) -> tuple[Digits, Digits, Digits]:
-    """Return 50,000 digits to train on, 10,000 to choose settings by, 10,000 to test on.
+    """Return 50,000 digits to train on, 10,000 for validation and 10,000 to test on.
 
     The first two are MNIST's training set. All are tensors on the device. torchvision unpacks
     copies of the archives in `data/`; one that is missing or damaged it downloads.
@@ -152,8 +154,10 @@ def load_mnist(device: torch.device) -> tuple[Digits, Digits, Digits]:
 
     parts = []
     with tempfile.TemporaryDirectory() as folder:  # `data/` may be read-only, or others unpack, too
-        archives = shutil.ignore_patterns("*-ubyte")
-        shutil.copytree(DATA / "MNIST", Path(folder, "MNIST"), ignore=archives)
+        raw = Path(folder, "MNIST", "raw")
+        raw.mkdir(parents=True)
+        for archive in (DATA / "MNIST" / "raw").glob("*.gz"):
+            shutil.copyfile(archive, raw / archive.name)
         for train_part in (True, False):
             part = MNIST(folder, train=train_part, download=True)
             images = part.data.to(device, torch.float32)
@@ -269,7 +273,7 @@ def load_language_model(
 
 
 def load_text(name: str) -> tuple[str, str, str]:
-    """Return a text of `data/texts`: 80 % to train on, 10 % to choose settings by, 10 % to test."""
+    """Return a text of `data/texts` in three parts: 80 % to train, 10 % to validate, 10 % to test."""
     text = gzip.decompress((DATA / "texts" / f"{name}.txt.gz").read_bytes()).decode("ascii")
     eight, nine = int(0.8 * len(text)), int(0.9 * len(text))
     return text[:eight], text[eight:nine], text[nine:]
@@ -278,8 +282,12 @@ def load_text(name: str) -> tuple[str, str, str]:
 def encode(
     tokenizer: "PreTrainedTokenizerBase", text: str, device: torch.device, least: int = 0
 ) -> torch.Tensor:
-    """Return the numbers of a text's tokens, `least` or more, without one that marks its start."""
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, device=device)
+    """Return the numbers of a text's tokens, without a token that marks its start.
+
+    A text with fewer than `least` tokens is refused with a ValueError.
+    """
+    numbers = tokenizer(text, add_special_tokens=False).input_ids
+    tokens = torch.tensor(numbers, dtype=torch.long, device=device)
     if len(tokens) < least:
         raise ValueError(f"the text is too short: {len(tokens)} tokens, {least} are needed")
     return tokens
@@ -288,7 +296,7 @@ def encode(
 def token_bits(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", windows: torch.Tensor
 ) -> torch.Tensor:
-    """Return the bits of each token but the first in each window (windows × tokens)."""
+    """Return the bits of each token but the first of each window (windows × (tokens - 1))."""
     # The token with which some models start a text; the small one has none.
     opening = torch.tensor([tokenizer("").input_ids], dtype=torch.long, device=windows.device)
     inputs = torch.cat([opening.expand(len(windows), -1), windows[:, :-1]], dim=1)

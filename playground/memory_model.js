@@ -1,26 +1,41 @@
-// What a training step keeps in memory: the formulas of notebook 6.
+// What a training step holds in memory, in bytes. Notebook 6 derives it; data/measured_bytes.json
+// holds what real steps took, and a test compares.
+//
+//   weights      as stored; a frozen model may be stored in four bits (notebook 9)
+//   gradients    of what is trained
+//   optimizer    what it remembers of each trained number
+//   activations  what the backward pass needs of the forward pass
+//   peak         what comes on top at the worst moment: logits and loss or, with checkpointing, a
+//                block that is computed again
+//
+// The sum counts gradients from the start, as they stand while steps are accumulated.
 
 // Bytes of a trained number: as stored, its gradient, each number that the optimizer remembers of
 // it, and its copy in float32.
 export const RECIPES = {
-  float32: { stored: 4, gradient: 4, remembered: 4, copy: 0 },
-  "mixed precision": { stored: 2, gradient: 2, remembered: 4, copy: 4 },
-  "16 bits throughout": { stored: 2, gradient: 2, remembered: 2, copy: 0 },
+  "16 bits": { stored: 2, gradient: 2, remembered: 2, copy: 0 },
+  "16 bits, with copies in 32 (mixed)": { stored: 2, gradient: 2, remembered: 4, copy: 4 },
+  "32 bits": { stored: 4, gradient: 4, remembered: 4, copy: 0 },
 };
-// What it remembers of each, and bytes for each tensor: Adam counts its steps.
+const IN_32 = RECIPES["32 bits"];
+
+// How many numbers it remembers of each, and bytes for each tensor: Adam counts its steps. With 8
+// bits each has one byte, and 256 share a scale of four.
 export const OPTIMIZERS = {
   Adam: { numbers: 2, tensor: 4 },
+  "Adam, 8 bits": { numbers: 2, tensor: 4, each: 1 + 4 / 256 },
   "SGD with momentum": { numbers: 1, tensor: 0 },
   SGD: { numbers: 0, tensor: 0 },
 };
-// Bytes of a frozen matrix (notebook 8): 64 numbers of 4 bits take 32 bytes and share a scale,
-// which takes 4 bytes, or 1 if the scales are rounded in blocks of 256. Null: as in training.
+
+// Bytes of a frozen matrix: 64 numbers of 4 bits take 32 bytes and share a scale, which takes 4
+// bytes, or 1 if the scales are rounded in blocks of 256. Null: as in training.
 export const FORMATS = {
   "as in training": null,
-  "4.5 bits (4, and scales)": (size) => Math.ceil(size / 64) * 36,
-  "4.127 bits (scales rounded, too)": (size) =>
+  "4 bits (QLoRA: NF4, scales rounded)": (size) =>
     Math.ceil(size / 64) * 33 + 4 * Math.ceil(Math.ceil(size / 64) / 256) + 4,
-  "4 bits (bare, for every number)": (size) => size / 2,
+  "4.5 bits (NF4, scales as they are)": (size) => Math.ceil(size / 64) * 36,
+  "4 bits, bare, for every number": (size) => size / 2,
 };
 export const ATTENTION = ["query", "key", "value", "output"];
 export const KEPT = [
@@ -29,107 +44,152 @@ export const KEPT = [
   "all, with stored attention",
 ];
 
-/** The linear layers of one block [name, inputs, outputs], and the numbers and tensors around them. */
+// A card's memory is counted in units of 2^30. Of it CUDA itself takes about half a gigabyte, and
+// an allocator leaves some unused: 5 % is set aside.
+export const usable = (card) => 0.95 * card * 2 ** 30 - 0.5e9;
+
+const sum = (values) => values.reduce((total, value) => total + value, 0);
+
+/**
+ * The linear layers of one block, [name, inputs, outputs], and the numbers and tensors around
+ * them. A Llama has three matrices in the MLP, no biases (but `biased` ones of query, key and
+ * value), norms of one vector; a GPT has a bias for each layer, norms of two.
+ */
 export function anatomy(model) {
   if (model.kind === "RichBoyNet") {
-    const linear = [
-      ["fc1", 784, 1000],
-      ["fc2", 1000, 2000],
-      ["fc3", 2000, 10],
-    ];
-    return { linear, blocks: 1, inBlock: 3010, tensorsInBlock: 3, outside: 0, tensorsOutside: 0 };
+    const linear = Object.entries({ fc1: [784, 1000], fc2: [1000, 2000], fc3: [2000, 10] });
+    const layers = linear.map(([name, size]) => [name, ...size]);
+    const sizes = { inBlock: 3010, tensorsInBlock: 3, outside: 0, tensorsOutside: 0 };
+    return { linear: layers, blocks: 1, ...sizes };
   }
-  const { kind, layers: blocks, width: w, keys, mlp, vocabulary, positions = 0, tied } = model;
+  const { kind, layers: blocks, width: w, mlp, vocabulary, positions = 0, tied } = model;
+  const { queries: q, keys: k } = widths(model);
   const linear = [
-    ["query", w, w],
-    ["key", w, keys],
-    ["value", w, keys],
-    ["output", w, w],
+    ["query", w, q],
+    ["key", w, k],
+    ["value", w, k],
+    ["output", q, w],
   ];
   if (kind === "Llama") {
-    // three matrices in the MLP, no biases, norms of one vector
     linear.push(["gate", w, mlp], ["up", w, mlp], ["down", mlp, w]);
+    const inBlock = 2 * w + (model.biased ? q + 2 * k : 0) + (model.normed ? 2 * model.head : 0);
+    const tensorsInBlock = 2 + (model.biased ? 3 : 0) + (model.normed ? 2 : 0);
     const outside = (tied ? 1 : 2) * vocabulary * w + w;
-    return {
-      linear,
-      blocks,
-      inBlock: 2 * w,
-      tensorsInBlock: 2,
-      outside,
-      tensorsOutside: tied ? 2 : 3,
-    };
+    return { linear, blocks, inBlock, tensorsInBlock, outside, tensorsOutside: tied ? 2 : 3 };
   }
-  linear.push(["up", w, mlp], ["down", mlp, w]); // a GPT: a bias for each layer, norms of two
-  const biases = linear.reduce((sum, [, , outputs]) => sum + outputs, 0);
+  linear.push(["up", w, mlp], ["down", mlp, w]);
+  const inBlock = sum(linear.map(([, , outputs]) => outputs)) + 4 * w;
   const outside = (vocabulary + positions) * w + 2 * w;
-  return {
-    linear,
-    blocks,
-    inBlock: biases + 4 * w,
-    tensorsInBlock: 10,
-    outside,
-    tensorsOutside: 4,
-  };
+  return { linear, blocks, inBlock, tensorsInBlock: 10, outside, tensorsOutside: 4 };
 }
 
-/** The bytes that autograd keeps for the backward pass, if these layers learn. */
-export function activations(model, { targets, rank, batch, tokens, kept }, bytes, all) {
-  const { linear, blocks } = anatomy(model);
-  const factors = all ? 0 : rank * targets.length; // A·x, for each row
+/** How wide the queries of all heads are together, and the keys, which heads may share. */
+function widths({ width, heads, head = width / heads, groups = heads }) {
+  return { queries: heads * head, keys: groups * head };
+}
+
+/**
+ * The bytes that autograd keeps of one block for each token, if these layers learn. `bytes` are
+ * those of a number; norms compute in 32 bits. Factors in 32 bits over a model in 16 need their
+ * inputs in 32, too, a copy for each layer.
+ */
+function blockBytes(model, { targets, rank, tokens, kept, adapters }, bytes, all) {
+  const { width: w, heads, mlp } = model;
+  const { queries: q, keys: k } = widths(model);
+  const isLlama = model.kind === "Llama";
+  const isFused = kept !== KEPT[2]; // with checkpointing, too
   const learns = (...names) => all || names.some((name) => targets.includes(name));
-  if (model.kind === "RichBoyNet") {
-    // inputs from the first layer on that learns; then the loss
-    const first = linear.findIndex(([name]) => learns(name));
-    const inputs = linear.slice(first).reduce((sum, [, size]) => sum + size, 0);
-    return batch * (bytes * (inputs + factors) + 4 * 10 + 8) + 4;
+  const { linear } = anatomy(model);
+  let numbers = q + 2 * (isFused ? k : q); // shared keys are copied to all heads where not fused
+  let in32 = 2 * w + (isLlama ? 2 : 4); // the inputs of the norms, and their own numbers
+  if (isFused)
+    in32 += heads; // a sum for each head
+  else numbers += heads * tokens * (bytes === 2 ? 3 : 1); // the matrix; softmax's is in 32 bits
+  numbers += isLlama ? 3 * mlp : mlp; // what the MLP's activation needs
+  if (isLlama && all) numbers += 2 * w; // norms, to learn, keep their normalised inputs
+  if (isFused) numbers += q; // its result
+  if (!all && bytes === 2 && adapters === 4) {
+    const adapted = linear.filter(([name]) => targets.includes(name));
+    return bytes * numbers + 4 * (in32 + sum(adapted.map(([, inputs]) => inputs + rank)));
   }
-  const { kind, width: w, heads, keys, mlp } = model;
-  if (kept === KEPT[0]) return bytes * batch * blocks * tokens * w;
-  const fused = kept === KEPT[1],
-    llama = kind === "Llama";
-  let each = 2 * w + w + 2 * keys + (llama ? 2 : 4); // inputs of norms; q, k, v; norms' own numbers
-  each += fused ? heads : heads * tokens; // the attention: a sum for each head, or its matrix
-  each += llama ? 3 * mlp : mlp; // what the MLP's activation needs
-  if (llama && all) each += 2 * w; // Llama's norms, to learn, keep their normalised inputs
-  each += factors;
-  if (learns("query", "key", "value")) each += w; // the inputs of layers that learn
-  if (learns("output") || fused) each += w;
-  if (learns("gate", "up")) each += w;
-  if (learns("down")) each += mlp;
-  return bytes * batch * blocks * tokens * each;
+  if (learns("query", "key", "value")) numbers += w; // the inputs of layers that learn
+  if (learns("output") && !isFused) numbers += q;
+  if (learns("gate", "up")) numbers += w;
+  if (learns("down")) numbers += mlp;
+  if (!all) numbers += rank * targets.length; // A·x
+  return bytes * numbers + 4 * in32;
+}
+
+/** The activations of a step, and what comes on top at its peak: {activations, peak, because}. */
+function moments(model, settings, bytes, all) {
+  const { batch, tokens, kept, targets, rank } = settings;
+  const { linear, blocks } = anatomy(model);
+  if (model.kind === "RichBoyNet") {
+    // inputs from the first layer on that learns, A·x, and the loss
+    const first = linear.findIndex(([name]) => all || targets.includes(name));
+    const inputs = sum(linear.slice(first).map(([, size]) => size));
+    const factors = all ? 0 : rank * targets.length;
+    return { activations: batch * (bytes * (inputs + factors) + 4 * 10 + 8) + 4, peak: 0 };
+  }
+  const rows = batch * tokens;
+  const block = rows * blockBytes(model, settings, bytes, all);
+  const isCheckpointed = kept === KEPT[0];
+  const activations = isCheckpointed ? rows * blocks * bytes * model.width : blocks * block;
+  // Each token has a score for each entry of the vocabulary. The loss needs them in 32 bits three
+  // times: log-softmax, its gradient, and that of the scores.
+  const loss = rows * model.vocabulary * 12;
+  // A block anew, and the gradients at its two ends.
+  const again = isCheckpointed ? block + rows * bytes * 2 * model.width : 0;
+  if (again > loss) return { activations, peak: again, because: "a block computed again" };
+  return { activations, peak: loss, because: "logits and loss" };
 }
 
 /** The bills of a step, in full and with LoRA, in bytes; and what is counted on the way. */
 export function bill(model, settings) {
   const { linear, blocks, inBlock, tensorsInBlock, outside, tensorsOutside } = anatomy(model);
-  const { rank, targets } = settings,
-    format = FORMATS[settings.format];
-  const recipe = RECIPES[settings.recipe],
-    optimizer = OPTIMIZERS[settings.optimizer];
-  const sum = (values) => values.reduce((total, value) => total + value, 0);
+  const { rank, targets } = settings;
+  const format = FORMATS[settings.format];
+  const recipe = RECIPES[settings.recipe];
+  const optimizer = OPTIMIZERS[settings.optimizer];
   const sizes = linear.map(([, inputs, outputs]) => inputs * outputs);
   const adapted = linear.filter(([name]) => targets.includes(name));
   const others = blocks * inBlock + outside; // all that is in no linear layer's matrix
   const total = blocks * sum(sizes) + others;
   const trained = blocks * rank * sum(adapted.map(([, inputs, outputs]) => inputs + outputs));
-  const bare = settings.format.includes("bare");
-  const frozen = !format
-    ? recipe.stored * total
-    : bare
-      ? format(total)
-      : blocks * sum(sizes.map(format)) + recipe.stored * others;
-  const learning = (numbers, tensors) => ({
-    gradients: recipe.gradient * numbers,
+  let frozen = recipe.stored * total;
+  if (settings.format.includes("bare")) frozen = format(total);
+  else if (format) frozen = blocks * sum(sizes.map(format)) + recipe.stored * others;
+  const learning = ({ gradient, remembered, copy }, numbers, tensors) => ({
+    gradients: gradient * numbers,
     optimizer:
-      (recipe.copy + recipe.remembered * optimizer.numbers) * numbers + optimizer.tensor * tensors,
+      (copy + (optimizer.each ?? remembered) * optimizer.numbers) * numbers +
+      optimizer.tensor * tensors,
   });
   const tensors = blocks * (linear.length + tensorsInBlock) + tensorsOutside;
-  const full = { weights: recipe.stored * total, ...learning(total, tensors) };
+  const factors = settings.adapters === 4 ? IN_32 : recipe;
+  const full = { weights: recipe.stored * total, ...learning(recipe, total, tensors) };
   const lora = {
-    weights: frozen + recipe.stored * trained,
-    ...learning(trained, 2 * blocks * adapted.length),
+    weights: frozen + factors.stored * trained,
+    ...learning(factors, trained, 2 * blocks * adapted.length),
   };
-  full.activations = activations(model, settings, recipe.stored, true);
-  lora.activations = activations(model, settings, recipe.stored, false);
+  Object.assign(full, moments(model, settings, recipe.stored, true));
+  Object.assign(lora, moments(model, settings, recipe.stored, false));
   return { total, trained, full, lora };
+}
+
+export const PARTS = ["weights", "gradients", "optimizer", "activations", "peak"];
+export const total = (parts) => sum(PARTS.map((part) => parts[part]));
+
+/** The largest batch with which a way ("full" or "lora") fits into so many bytes; 0 if none does. */
+export function largestBatch(model, settings, way, bytes) {
+  const fits = (batch) => total(bill(model, { ...settings, batch })[way]) <= bytes;
+  if (!fits(1)) return 0;
+  let [low, high] = [1, 2];
+  while (fits(high) && high < 1e6) [low, high] = [high, 2 * high];
+  while (high - low > 1) {
+    const middle = Math.floor((low + high) / 2);
+    if (fits(middle)) low = middle;
+    else high = middle;
+  }
+  return low;
 }

@@ -293,7 +293,13 @@ def test_refuses_bad_files_in_words_and_changes_nothing(page, tmp_path, folders)
 
 
 STARTS = "gaussian eva olora pissa pissa_niter_16 corda loftq orthogonal lora_ga".split()
-CONFIGS = "configs => configs.map((c) => { try { readAdapter(T, c, net.base); return true; } catch { return false; } })"
+TAKEN = """(configs) => configs.map((config) => {
+  try {
+    return Boolean(readAdapter(T, config, net.base));
+  } catch {
+    return false;
+  }
+})"""
 
 
 def test_page_and_module_take_the_same_adapters(page, folders, tmp_path):
@@ -322,7 +328,7 @@ def test_page_and_module_take_the_same_adapters(page, folders, tmp_path):
         }""",
         [sent, shapes],
     )
-    taken = page.evaluate(CONFIGS, configs)
+    taken = page.evaluate(TAKEN, configs)
     assert sum(expected) > 20 and expected.count(False) > 10
     differ = zip(configs, taken, expected, strict=True)
     assert [c for c, ours, theirs in differ if ours != theirs] == []
