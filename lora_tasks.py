@@ -273,7 +273,7 @@ def load_language_model(
 
 
 def load_text(name: str) -> tuple[str, str, str]:
-    """Return a text of `data/texts` in three parts: 80 % to train, 10 % to validate, 10 % to test."""
+    """Return a text of `data/texts`: 80 % to train on, 10 % for validation, 10 % to test on."""
     text = gzip.decompress((DATA / "texts" / f"{name}.txt.gz").read_bytes()).decode("ascii")
     eight, nine = int(0.8 * len(text)), int(0.9 * len(text))
     return text[:eight], text[eight:nine], text[nine:]
