@@ -80,15 +80,15 @@ class LoRALinear(LoRAFactors):
         h = self.base(x, *args, **kwargs)  # W₀x + b
         if self.strength == 0:  # off: the base bit for bit, even where 0 · ∞ would be NaN
             return h
-        x = x.to(self.lora_A.dtype)  # from the 16 bits of a base that has no more
+        x = x.to(self.lora_A.dtype)  # x may have 16 bits, the factors have 32
         return (h + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)).to(h.dtype)
 
     @property
     def weight(self) -> torch.Tensor:
-        """W₀ + ΔW (out × in), for code that reads a weight where it could call the layer."""
+        """W₀ + ΔW (out × in), for code that reads the weight instead of calling the layer."""
         W0 = self.base.weight
         if not W0.is_floating_point():
-            raise AttributeError("the weight is packed")
+            raise AttributeError  # packed into few bits: there is no such matrix
         return W0 if self.strength == 0 else (W0 + self.delta_W()).to(W0.dtype)
 
     # What else other code may read of a linear layer.
@@ -172,8 +172,8 @@ def set_lora_strength(model: nn.Module, strength: float) -> None:
 def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Switch LoRA off inside a `with` block, where the model is its base, bit for bit.
 
-    That holds where training changed nothing but parameters. The running statistics of BatchNorm
-    are none: in training mode they move, so put such layers into evaluation mode while you train.
+    That holds where training changed nothing but the factors. In training mode, BatchNorm also
+    changes its running statistics: keep such layers in evaluation mode while you train.
     """
     before = {m: m.strength for m in model.modules() if isinstance(m, LoRAFactors)}
     set_lora_strength(model, 0)
@@ -189,7 +189,6 @@ def merge_lora(model: nn.Module) -> None:
     """Add each ΔW to its W₀, at the present strength, and take the LoRA layers away.
 
     The layers are plain linear layers again, still frozen (`model.requires_grad_()` undoes that).
-    One is merged after the other: where a merge is cut off, the outputs are the same.
     """
     layers = _require_lora(model)
     _refuse_unmergeable(model, layers)
@@ -207,7 +206,7 @@ def remove_lora(model: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count a model's numbers (out × in for a packed weight, too), and those that are trained."""
+    """Count a model's numbers, also those packed into few bits, and those that are trained."""
     total = sum(p.numel() for p in model.parameters())
     for layer in [module for module in model.modules() if isinstance(module, nn.Linear)]:
         weight = [p for name, p in layer.named_parameters() if name != "bias"]
@@ -224,8 +223,8 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _find_targets(model: nn.Module, targets: Iterable[str], load=False) -> dict[str, nn.Linear]:
-    """Return the linear layers that the targets name, by their full names alone if to load."""
-    names = [] if isinstance(targets, str) else list(targets or [])
+    """Return the linear layers that the targets name. To load, only full names count."""
+    names = list(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"targets must be a list of layer names, not {names or targets!r}")
     linear = _linear_layers(model)
@@ -258,14 +257,14 @@ def _refuse_unadaptable(model: nn.Module, name: str, layer: nn.Linear, load: boo
     places = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
     tensors = [*layer.parameters(), *layer.buffers()]
     is_lost = any(tensor.is_meta for tensor in tensors) and (load or hasattr(layer, "_hf_hook"))
-    faults = {
-        f"{' and '.join(places)} are one layer": len(places) > 1,
-        "its weight has a parametrization already": parametrize.is_parametrized(layer, "weight"),
-        "it has no weight before its first forward pass": layer.in_features == 0,  # LazyLinear
-        "its weight is complex": any(tensor.is_complex() for tensor in tensors),
-        "its weight is offloaded, or not loaded": is_lost,  # _hf_hook: by accelerate
-    }
-    for fault, is_there in faults.items():
+    faults = [
+        (len(places) > 1, f"{' and '.join(places)} are one layer"),
+        (parametrize.is_parametrized(layer, "weight"), "its weight has a parametrization already"),
+        (layer.in_features == 0, "it has no weight before its first forward pass"),  # LazyLinear
+        (any(tensor.is_complex() for tensor in tensors), "its weight is complex"),
+        (is_lost, "its weight is offloaded, or not loaded"),  # _hf_hook: by accelerate
+    ]
+    for is_there, fault in faults:
         if is_there:
             raise ValueError(f"{name} cannot have LoRA: {fault}")
 
@@ -376,22 +375,23 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     rank, alpha = config["r"], config["lora_alpha"]
     names = dict.fromkeys(factor.rpartition(".")[0] for factor in state)
     layers = _find_targets(model, names, load=True)
+    # On the meta device nothing is allocated or drawn: first see whether all fits.
     adapted = {name: LoRALinear(base, rank, alpha, "meta") for name, base in layers.items()}
     _check_factors(state, _named_factors(adapted))
     present = lora_layers(model)
     settings = {name: (layer.rank, layer.alpha) for name, layer in present.items()}
     if settings == dict.fromkeys(names, (rank, alpha)):
-        adapted = present
+        load_lora_state_dict(model, state)
+        set_lora_strength(model, 1)
     else:
         for name, layer in adapted.items():
             layer.to_empty(device=_device_and_dtype(layers[name])["device"], recurse=False)
-    for name, factor in _named_factors(adapted).items():
-        factor.copy_(state[name])
-    if present:
-        remove_lora(model)
-    for name, layer in adapted.items():
-        layer.strength = 1.0
-        model.set_submodule(name, layer)
+        for name, factor in _named_factors(adapted).items():
+            factor.copy_(state[name])
+        if present:
+            remove_lora(model)
+        for name, layer in adapted.items():
+            model.set_submodule(name, layer)
     freeze_all_but_lora(model)
 
 
