@@ -463,7 +463,10 @@ def overflow(state):
     return {name: torch.full_like(tensor, sizes[name]) for name, tensor in state.items()}
 
 
-WHOLE = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+WHOLE, WHOLE_32 = (
+    nn.Parameter(torch.ones(4, 4, dtype=dtype), requires_grad=False)
+    for dtype in (torch.int8, torch.int32)
+)
 
 
 class Special(torch.Tensor):
@@ -483,6 +486,7 @@ FAULTS = [
     (lambda m: setattr(m.fc0.base, "weight", m.fc1.base.weight), ["fc0", "fc1"]),
     (lambda m: setattr(m.fc1, "strength", 0), ["fc1", "off"]),
     (lambda m: setattr(m.fc1.base, "weight", WHOLE), ["fc1", "dequantise"]),
+    (lambda m: setattr(m.fc1.base, "weight", WHOLE_32), ["fc1", "dequantise"]),
     (lambda m: setattr(m.fc1, "base", Quantised(m.fc1.base)), ["fc1", "dequantise"]),
     (lambda m: setattr(m.fc1.base, "weight", special(m.fc1.base.weight)), ["fc1", "floats"]),
     (lambda m: float8(m.fc1.base), ["fc1", "floats"]),
