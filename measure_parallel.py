@@ -1,7 +1,8 @@
 """Count what train_parallel.py sends, and make a mistake with it (notebook 11).
 
-torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 measure_parallel.py FOLDER SEED \
-        bytes llama orders
+    torchrun ... measure_parallel.py FOLDER SEED bytes llama orders
+
+It measures the parts that are named, and writes its reports to FOLDER.
 """
 
 import json
