@@ -1,12 +1,14 @@
-"""Count what train_parallel.py sends, and make a mistake with it (notebook 11).
+"""Count what train_parallel.py sends, and make a mistake with it (notebook 9).
 
-torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 measure_parallel.py FOLDER SEED
+    torchrun ... measure_parallel.py FOLDER SEED bytes llama orders
+
+It measures the parts that are named, and writes its reports to FOLDER.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -73,7 +75,7 @@ def wrap_too_early(
     return parallel
 
 
-def count(folder: Path, seed: int) -> dict:
+def count_bytes(folder: Path, seed: int) -> dict:
     """Return reports of two steps each: in full and with LoRA, in replicas and in shards."""
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     kept = {"reshard_after_forward": False}
@@ -84,33 +86,42 @@ def count(folder: Path, seed: int) -> dict:
         for way, how in {"FSDP": {}, "FSDP 16": {"mp_policy": half}, "FSDP kept": kept}.items():
             wrap = partial(worker.distribute, **how)
             reports[f"{way}, {kind}"] = watch(folder, job, wrap=wrap, fsdp=True, steps=2)
-    llama = worker.Job(model="language_model", batch=4, seed=seed)
-    reports["Llama, DDP"] = watch(folder, llama, steps=2)
-    reports["Llama, FSDP"] = watch(folder, llama, fsdp=True, steps=2)
     return reports
 
 
-def drift(folder: Path, job: worker.Job, wrap: Callable, file: Path) -> dict:
-    """Return the report of 20 steps, and save the factors that were there before each."""
-    before = []
-    report = watch(folder, job, lambda model: before.append(lora_state_dict(model)), wrap)
-    save_file({name: torch.stack([state[name] for state in before]) for name in before[0]}, file)
-    return report
+def shard_llama(folder: Path, seed: int) -> dict:
+    """Return reports of two steps of the small Llama: in replicas, and in shards."""
+    job = worker.Job(model="language_model", batch=4, seed=seed)
+    return {
+        "Llama, DDP": watch(folder, job, steps=2),
+        "Llama, FSDP": watch(folder, job, fsdp=True, steps=2),
+    }
+
+
+def compare_orders(folder: Path, seed: int) -> dict:
+    """Return reports of 20 steps, in the right and in the wrong order. Save all their factors."""
+    right = worker.Job(seed=seed), worker.distribute
+    wrong = worker.Job(seed=seed, full=True), wrap_too_early  # full: train itself adds no LoRA
+    reports = {}
+    for name, (job, wrap) in {"right": right, "wrong": wrong}.items():
+        states = []  # the factors before each step
+        reports[name] = watch(folder, job, lambda m, s=states: s.append(lora_state_dict(m)), wrap)
+        factors = {factor: torch.stack([state[factor] for state in states]) for factor in states[0]}
+        save_file(factors, folder / f"{name}{dist.get_rank()}.safetensors")
+    return reports
+
+
+PARTS = {"bytes": count_bytes, "llama": shard_llama, "orders": compare_orders}
 
 
 def main() -> None:
-    """Count, then train in the right and in the wrong order."""
+    """Measure the parts that the command line names."""
     folder, seed = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo")
-    me = dist.get_rank()
-    reports = count(folder, seed)
-    orders = {
-        "right": (worker.Job(seed=seed), worker.distribute),
-        "wrong": (worker.Job(seed=seed, full=True), wrap_too_early),  # full: train adds no LoRA
-    }
-    for name, (job, wrap) in orders.items():
-        reports[name] = drift(folder, job, wrap, folder / f"{name}{me}.safetensors")
-    (folder / f"measured{me}.json").write_text(json.dumps(reports))
+    reports = {}
+    for part in sys.argv[3:]:
+        reports |= PARTS[part](folder, seed)
+    (folder / f"measured{dist.get_rank()}.json").write_text(json.dumps(reports))
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Adapt a model with any number of processes, on one machine or several (notebook 11).
+"""Adapt a model with any number of processes, on one machine or several (notebook 9).
 
     torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 train_parallel.py FOLDER
 
@@ -57,11 +57,11 @@ def train(
         raise ValueError(f"{processes} processes cannot share a batch of {job.batch} evenly")
     if save_every < 1:
         raise ValueError(f"save_every must be at least 1, not {save_every}")
-    torch.manual_seed(job.seed)  # the same everywhere, so that each A starts equal
     model, blocks, linear, examples, loss_of = load_task(job, folder, device)
     made_for = asdict(job) | {"base and examples": checksum([*model.parameters(), examples])}
     light = None
     if not job.full:
+        torch.manual_seed(job.seed)  # the same everywhere, so that each A starts equal
         targets = job.targets.split(",") if job.targets else linear
         add_lora(model, job.rank, job.alpha, targets)
         light = without_frozen(model)

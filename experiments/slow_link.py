@@ -1,4 +1,4 @@
-"""Time steps of train_parallel.py on two hosts that a slow link joins (notebook 11).
+"""Time steps of train_parallel.py on two hosts that a slow link joins (notebook 9).
 
     python experiments/slow_link.py
 
@@ -55,7 +55,7 @@ def time_steps(folder: Path, way: str, mbit: int) -> dict:
     slow_down(mbit)
     dist.barrier()
     job, fsdp = Job(full="full" in way), "FSDP" in way
-    steps = 6 if job.full or fsdp else 21
+    steps = 41 if mbit == 0 or way == "DDP, LoRA" else 7
     sent = []
     report = watch(folder, job, lambda model: sent.append(bytes_sent()), fsdp=fsdp, steps=steps)
     return {
