@@ -44,7 +44,7 @@ let adapted = base; // with the adapters as the knobs stand
 let seed = 1;
 let tokens = [];
 let gains = []; // bits saved by the adapters, for each token but the first
-let chosen = 0; // the token that is told of
+let chosen = -1; // the token that is told of; none at first
 
 // --- The words -------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ function show() {
       logits,
       bits: tokens.length ? tokenBits(logits, tokens, shape.vocabulary) : [],
     };
-    chosen = Math.min(chosen, Math.max(0, tokens.length - 1));
+    chosen = Math.min(chosen, tokens.length - 1);
   }
   adapted = knobs.some(({ strength }) => strength)
     ? merged(
@@ -110,6 +110,7 @@ function showTokens() {
 
 /** Tell of one token in words and numbers: colour is not all. */
 function choose(i) {
+  if (i < 0) return;
   $("tokens").children[chosen]?.classList.remove("chosen");
   chosen = i;
   $("tokens").children[i]?.classList.add("chosen");

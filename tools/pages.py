@@ -125,7 +125,8 @@ def write_tools(folder: Path) -> None:
         title = re.search("<title>(.*?)</title>", text)[1]
         lead = re.search('<p class="lead">(.*?)</p>', text, re.S)[1]
         lead = " ".join(re.sub("<.*?>", "", lead).replace("&nbsp;", " ").split())
-        card = meta(title, lead, f"{SITE}/{name}.html", f"{SITE}/_static/playground.png")
+        picture = f"{SITE}/_static/{name if name == 'playground' else 'language'}.png"
+        card = meta(title, lead, f"{SITE}/{name}.html", picture)
         text = text.replace("<!-- meta -->", card).replace('id="home" hidden', 'id="home"')
         text = re.sub(r'href="(\d\d)\.html"', lambda n: f'href="{named(n[1])}.html"', text)
         (folder / f"{name}.html").write_text(text, encoding="utf-8", newline="\n")
