@@ -46,7 +46,7 @@ def complete(app: Sphinx, name: str, template: str, context: dict, doctree) -> N
     title = nodes.Text(re.sub(r"<.*?>", "", context["title"])).astext()
     description = first_sentences(doctree)
     address = f"{site}/{name}.html"
-    context["metatags"] += meta(title, description, address, f"{site}/_static/playground.png")
+    context["metatags"] += meta(title, description, address, f"{site}/_static/language.png")
     if name == app.config.root_doc:
         context["docstitle"] = ""  # else the title stands there twice
         return

@@ -27,11 +27,12 @@ sys.path += [str(ROOT), str(DOCS)]
 from conf import SITE  # noqa: E402
 from heads import meta  # noqa: E402
 
-from playground import inline, page  # noqa: E402
+from playground import inline, language, page  # noqa: E402
 
 NOTEBOOKS = ROOT / "notebooks"
 SOURCE = ROOT / "build" / "site-source"
 STORED = ROOT / "data" / "playground.safetensors"
+LANGUAGE = ROOT / "data" / "language_playground.safetensors"
 
 BADGE = re.compile(r"^\[!\[Open in Colab\].*\n+", flags=re.MULTILINE)  # the theme has a button
 NEIGHBOURS = re.compile(r"^(Previous|Next): \[.*\n*", flags=re.MULTILINE)  # and arrows
@@ -114,7 +115,8 @@ def write_tools(folder: Path) -> None:
     terms = base64.b64encode(safetensors.numpy.save(svd_terms(photograph()))).decode()
     home = f'href="/{SITE.split("/", 3)[3]}/index.html"'  # a lost reader may be in any folder
     pages = {
-        "playground": page(STORED.read_bytes()).replace('id="home" hidden', 'id="home"'),
+        "playground": page(STORED.read_bytes()),
+        "language": language.page(LANGUAGE.read_bytes()),
         "memory": inline("memory.html"),
         "rank": inline("rank.html").replace("<!-- stored -->", terms),
         "404": inline("404.html").replace('href="index.html"', home),
@@ -123,9 +125,16 @@ def write_tools(folder: Path) -> None:
         title = re.search("<title>(.*?)</title>", text)[1]
         lead = re.search('<p class="lead">(.*?)</p>', text, re.S)[1]
         lead = " ".join(re.sub("<.*?>", "", lead).replace("&nbsp;", " ").split())
-        card = meta(title, lead, f"{SITE}/{name}.html", f"{SITE}/_static/playground.png")
-        text = text.replace("<!-- meta -->", card)
+        picture = f"{SITE}/_static/{name if name == 'playground' else 'language'}.png"
+        card = meta(title, lead, f"{SITE}/{name}.html", picture)
+        text = text.replace("<!-- meta -->", card).replace('id="home" hidden', 'id="home"')
+        text = re.sub(r'href="(\d\d)\.html"', lambda n: f'href="{named(n[1])}.html"', text)
         (folder / f"{name}.html").write_text(text, encoding="utf-8", newline="\n")
+
+
+def named(number: str) -> str:
+    """Return the name of the main notebook with this number."""
+    return next(NOTEBOOKS.glob(f"{number}_*.ipynb")).stem
 
 
 def photograph() -> np.ndarray:

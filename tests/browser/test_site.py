@@ -15,7 +15,7 @@ FILES = sorted(pages.NOTEBOOKS.glob("*.ipynb")) + sorted(pages.NOTEBOOKS.glob("d
 NOTEBOOKS = {path.relative_to(pages.NOTEBOOKS).with_suffix("").as_posix(): path for path in FILES}
 MAIN = [name for name in NOTEBOOKS if "/" not in name]
 PAGES = ["index", "search", "play", *NOTEBOOKS]
-TOOLS = ["playground", "rank", "memory", "404"]
+TOOLS = ["language", "playground", "rank", "memory", "404"]
 SOME_SLOW = ["index", *MAIN[:1], *(pytest.param(n, marks=pytest.mark.slow) for n in MAIN[1:])]
 
 
@@ -117,7 +117,7 @@ def test_the_site_is_light(page, address, site):
     """No copies with the site's marks, no unused files, and icons without a script of 1.5 MB."""
     assert not [file for kind in ("*.ipynb", "*.map", "fontawesome*") for file in site.rglob(kind)]
     for path in site.rglob("*.html"):
-        limit = {"playground": 5e6, "rank": 1.5e6}.get(path.stem, 1e6)
+        limit = {"playground": 5e6, "rank": 1.5e6, "language": 1.3e6}.get(path.stem, 1e6)
         assert path.stat().st_size < limit, path
     sizes = []
     page.on("response", lambda response: sizes.append(len(response.body())))
@@ -294,6 +294,7 @@ def test_the_tools_are_found_by_their_words(page, address):
     for words, name in (
         ("calculator", "memory"),
         ("photograph slider", "rank"),
+        ("Shakespeare knob", "language"),
         ("QLoRA card", "memory"),
     ):
         link = search(page, address, words).get_by_role("link", name="Things to touch").first
@@ -337,7 +338,7 @@ def test_the_tools_follow_the_site_into_the_dark(page, address):
     page.goto(f"{address}index.html")
     page.locator(".theme-switch-button:visible").click()
     page.locator(".theme-change-button[data-mode=dark]:visible").click()
-    for name in ("playground", "rank", "memory"):
+    for name in ("language", "playground", "rank", "memory"):
         page.goto(f"{address}index.html")
         page.locator(f".playground-link a[href='{name}.html']").click()
         page.wait_for_url(f"**/{name}.html")
