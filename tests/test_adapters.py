@@ -231,6 +231,8 @@ def test_peft_loads_what_we_save_and_we_what_peft_saves(peft, tmp_path, rank, al
     ours = trained(rank, alpha, targets, copy.deepcopy(plain))
     lora.save_adapter(ours, str(folder := tmp_path / "new" / "folder"))
     assert json.loads((folder / CONFIG).read_text()).keys() <= peft.LoraConfig().to_dict().keys()
+    with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
+        assert file.metadata()["format"] == "pt"  # transformers asks for it
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder), is_trainable=True)
     theirs.save_pretrained(tmp_path / "theirs")
     lora.load_adapter(loaded := copy.deepcopy(plain), tmp_path / "theirs")
