@@ -1,12 +1,15 @@
-"""Try many learning rates for every method of notebook 5; write data/rates.json.
+"""Errors over rank, α and learning rate for the two notebooks 05; write data/rates.json.
 
 python experiments/sweep_rates.py
 
-Each run adapts the base to rotated digits with 50 batches of 64, as the notebook does. First every
-method runs at many rates, and errors are counted on 2,000 validation digits. Then it runs at the
-best of these rates with six other seeds, and errors are counted on 2,000 test digits. It takes
-some ten minutes with one thread. The file is written after each method, and a run that finds the
-file does only what is missing in it; the notebook repeats some of its points.
+A run adapts notebook 3's base to rotated digits, with 50 batches of 64. For each method the search
+of the rate starts at a guess and goes on by factors of 2 until the best rate lies between two
+worse ones: errors in 2,000 validation digits, the mean of two seeds. Then the method runs at that
+rate with fresh seeds, and errors are counted on all 10,000 test digits. Where a rank is tested at
+its best α, validation has chosen the α, too.
+
+It takes about half an hour with one thread. The file is written after each method, and a run that
+finds the file does only what is missing in it.
 """
 
 import copy
@@ -17,37 +20,42 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # one thread: sums in one order
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+if __name__ == "__main__":  # one thread: sums in one order
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
+import torch
+import torch.nn as nn
 
-import lora_utils as lu  # noqa: E402
+from experiments.stored import DATA, store
+from lora_tasks import (
+    Digits,
+    count_errors,
+    load_mnist,
+    pretrained_richboynet,
+    rotate,
+    subset,
+    train_classifier,
+)
+from lora_utils import LoRALinear, add_lora, lora_layers
 
-RESULT = ROOT / "data" / "rates.json"
-SEEDS = (100, 101)  # of A and of the order of the digits; the base has seed 0
-TEST_SEEDS = (0, 1, 2, 3, 4, 5)  # these take no part in the choice of a rate
+# --- What the notebooks import ------------------------------------------------------------------
 
-Change = Callable[[nn.Module], None]  # decides in place what of a model may change, and its start
+Change = Callable[[nn.Module], None]  # decides, in place, what of a model is trained
 
 
-def rates(first: int, last: int) -> list[float]:
-    """Return a grid of factor 2 through 0.01."""
-    return [0.01 * 2.0**k for k in range(first, last + 1)]
-
-
-def lora(rank: int, alpha: float, start: Callable[[lu.LoRALinear], None] | None = None) -> Change:
-    """LoRA on both large layers, with another start of the factors if one is given."""
-
-    def change(model: nn.Module) -> None:
-        lu.add_lora(model, rank, alpha, targets=["fc1", "fc2"])
-        for layer in lu.lora_layers(model).values() if start else ():
-            start(layer)
-
-    return change
+def adapt(
+    base: nn.Module, digits: Digits, change: Change, rate: float, seed: int, batches: int = 50
+) -> tuple[nn.Module, list[float]]:
+    """Return a copy of the base that has learnt the digits, and the loss of each batch."""
+    model = copy.deepcopy(base)
+    torch.manual_seed(seed)  # decides the start of A
+    change(model)
+    torch.manual_seed(seed)  # decides the order of the digits: the same for every method
+    losses = train_classifier(model, digits, batches, batch_size=64, lr=rate)
+    return model, losses
 
 
 def everything(model: nn.Module) -> None:
@@ -56,13 +64,58 @@ def everything(model: nn.Module) -> None:
 
 
 def only(*parts: str) -> Change:
-    """Train only the parameters whose names contain one of `parts`."""
+    """Train only the parameters whose names contain one of the parts."""
 
     def change(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(part in name for part in parts))
 
     return change
+
+
+def lora(rank: int, alpha: float, start: Callable[[LoRALinear], None] | None = None) -> Change:
+    """LoRA on both large layers, with another start of the factors if one is given."""
+
+    def change(model: nn.Module) -> None:
+        add_lora(model, rank, alpha, targets=["fc1", "fc2"])
+        for layer in lora_layers(model).values() if start else ():
+            start(layer)
+
+    return change
+
+
+def lora_name(rank: int, alpha: float) -> str:
+    """The name of a setting in rates.json."""
+    return f"r = {rank}, α = {alpha:g}"
+
+
+# --- Other starts of the factors ----------------------------------------------------------------
+
+
+def large_A(layer: LoRALinear) -> None:
+    """A with standard deviation 1 in place of 1/√n."""
+    layer.lora_A.data.normal_()
+
+
+def frozen_A(layer: LoRALinear) -> None:
+    """A stays as it was drawn."""
+    layer.lora_A.requires_grad_(False)
+
+
+def both_random(layer: LoRALinear) -> None:
+    """B is random too, and W₀ − sBA is stored, so that the model starts as the base."""
+    layer.lora_B.data.normal_(std=1 / math.sqrt(layer.rank))
+    layer.base.weight.data -= layer.delta_W().detach()
+
+
+def pissa(layer: LoRALinear) -> None:
+    """Factors from the largest singular directions of W₀, which leave it (PiSSA)."""
+    weight = layer.base.weight.data
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (S[: layer.rank] / layer.scaling).sqrt()
+    layer.lora_B.data = U[:, : layer.rank] * root
+    layer.lora_A.data = root[:, None] * Vh[: layer.rank]
+    weight -= layer.delta_W().detach()
 
 
 def lora_and_rest(model: nn.Module) -> None:
@@ -73,125 +126,164 @@ def lora_and_rest(model: nn.Module) -> None:
             parameter.requires_grad_(True)
 
 
-def large_A(layer: lu.LoRALinear) -> None:
-    """A with standard deviation 1 in place of 1/√n."""
-    layer.lora_A.data.normal_()
+# --- The sweep ----------------------------------------------------------------------------------
 
-
-def frozen_A(layer: lu.LoRALinear) -> None:
-    """A stays as it was drawn."""
-    layer.lora_A.requires_grad_(False)
-
-
-def both_random(layer: lu.LoRALinear) -> None:
-    """B is random too, and W₀ − sBA is stored, so that the model starts as the base."""
-    layer.lora_B.data.normal_(std=1 / math.sqrt(layer.rank))
-    layer.base.weight.data -= layer.delta_W().detach()
-
-
-def pissa(layer: lu.LoRALinear) -> None:
-    """Factors from the largest singular directions of W₀, which leave it (PiSSA)."""
-    weight = layer.base.weight.data
-    if weight.shape not in SVD:
-        SVD[weight.shape] = torch.linalg.svd(weight, full_matrices=False)
-    U, S, Vh = SVD[weight.shape]
-    root = (S[: layer.rank] / layer.scaling).sqrt()
-    layer.lora_B.data = U[:, : layer.rank] * root
-    layer.lora_A.data = root[:, None] * Vh[: layer.rank]
-    weight -= layer.delta_W().detach()
-
-
-SVD: dict[torch.Size, tuple] = {}  # of W₀, by its shape: takes seconds, is always the same
-
-# Name: what to change, which rates (wide enough that the best is never the first or the last),
-# how many batches. The module computes α/r, so α = 16√r gives it a scaling of 16/√r.
-METHODS: dict[str, tuple[Change, list[float], int]] = {
-    "full": (everything, rates(-5, -1), 50),
-    "last layer": (only("fc3"), rates(-2, 2), 50),
-    "biases": (only("bias"), rates(3, 7), 50),
-    "weights of fc1 and fc2": (only("fc1.weight", "fc2.weight"), rates(-5, -1), 50),
-    "r = 8, fc3, biases": (lora_and_rest, rates(-3, 1), 50),
+SEEDS = (100, 101)  # those that choose; the base has seed 0
+FEW, MANY = 6, 20  # so many fresh seeds test: 0 to 5, or 0 to 19
+TWO_WEIGHTS = "weights of fc1 and fc2"
+ALPHAS = {
+    64: (16, 64, 256, 512, 1024, 128, 32, 4096, 8),
+    8: (16, 64, 32, 8, 4, 1, 256, 1024),
+    1: (16, 2, 4, 1, 64),
+    128: (2048, 1024),
+    256: (4096, 2048),
+    16: (16, 256, 64, 32),
+    2: (16, 4, 2),
+    4: (16, 4, 8, 32),
 }
-for r in (1, 2, 4, 8, 16, 32, 64):
-    METHODS[f"r = {r}"] = (lora(r, alpha=16), rates(-3, 2), 50)
-for r in (4, 16, 64):
-    METHODS[f"r = {r}, α/√r"] = (lora(r, alpha=16 * math.sqrt(r)), rates(-5, 1), 50)
-for alpha, grid in ((1, rates(-2, 3)), (4, rates(-3, 2)), (64, rates(-4, 1)), (256, rates(-5, 0))):
-    METHODS[f"r = 8, α = {alpha}"] = (lora(8, alpha), grid, 50)
-for label, start, grid in (
-    ("A std 1", large_A, rates(-5, 0)),
-    ("A frozen", frozen_A, rates(-1, 4)),
-    ("both random", both_random, rates(-4, 1)),
-    ("PiSSA", pissa, rates(-5, 0)),
-):
-    METHODS[f"r = 8, {label}"] = (lora(8, 16, start), grid, 50)
-METHODS["full, 200 batches"] = (everything, rates(-5, -1), 200)
-METHODS["r = 8, 200 batches"] = (lora(8, alpha=16), rates(-3, 1), 200)
+
+
+class Method(NamedTuple):
+    """What to change, which rates to begin with (0.01·2^k), how many batches."""
+
+    change: Change
+    ks: range
+    batches: int = 50
+
+
+METHODS = {
+    "full": Method(everything, range(-4, 3)),
+    TWO_WEIGHTS: Method(only("fc1.weight", "fc2.weight"), range(-4, 0)),
+}
+for rank, alphas in ALPHAS.items():
+    for alpha in alphas:
+        guess = round(-0.5 * math.log2(alpha / 16))  # four times the α, half the rate
+        ks = range(-4, 3) if alpha == 16 else range(guess - 1, guess + 2)
+        if rank == 8 and alpha <= 256:  # deeper/05 shows all of these at one rate, 0.005
+            ks = range(min(ks[0], -1), max(ks[-1], -1) + 1)
+        if rank > 1 and alpha == 16 * rank**0.5:  # rsLoRA: deeper/05 shows its curves
+            ks = range(-4, 2)
+        METHODS[lora_name(rank, alpha)] = Method(lora(rank, alpha), ks)
+METHODS |= {
+    "r = 8, A std 1": Method(lora(8, 16, large_A), range(-4, -1)),
+    **{f"r = {r}, A frozen": Method(lora(r, 16, frozen_A), range(1, 4)) for r in (1, 8, 64, 256)},
+    "r = 8, both random": Method(lora(8, 16, both_random), range(-2, 1)),
+    "r = 8, PiSSA": Method(lora(8, 16, pissa), range(-2, 1)),
+    "r = 8, fc3, biases": Method(lora_and_rest, range(-2, 1)),
+    "last layer": Method(only("fc3"), range(-1, 2)),
+    "biases": Method(only("bias"), range(4, 7)),
+}
+BORROWER = lora_name(8, 16)  # also tested at the best rate of full fine-tuning
+LONG = ", 200 batches"
+for name in ("full", TWO_WEIGHTS, "r = 64, α = 512", "r = 64, α = 16"):
+    METHODS[name + LONG] = Method(METHODS[name].change, range(-1, -1), 200)
+
+
+def rate_key(k: int) -> str:
+    """The rate 0.01·2^k, as it is written in the file."""
+    return f"{0.01 * 2.0**k:.6g}"
+
+
+def best_rate(errors: dict[str, list[int]]) -> float:
+    """The rate with the fewest validation errors, on average over the seeds."""
+    means = {float(rate): sum(n) / len(n) for rate, n in errors.items() if len(n) == len(SEEDS)}
+    return min(means, key=means.get)
+
+
+def least_errors(errors: dict[str, list[int]]) -> float:
+    """The mean validation errors at the best rate."""
+    counts = errors[f"{best_rate(errors):.6g}"]
+    return sum(counts) / len(counts)
+
+
+class Sweep:
+    """Runs what is not yet in data/rates.json."""
+
+    def __init__(self):
+        train, validation, test = load_mnist(torch.device("cpu"))
+        self.train, self.test = rotate(train), rotate(test)
+        self.validation = rotate(subset(validation, slice(2000)))
+        self.base = pretrained_richboynet(torch.device("cpu"))
+        path = DATA / "rates.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.earlier = before.get("made", {}).get("seconds", 0)
+        found = before.get("results", {})
+        self.chosen = found.get("validation", {})  # method: rate: errors of each seed
+        self.tested = found.get("test", {})  # method: errors of each seed, at its best rate
+        self.borrowed = found.get("test at the best rate of full", {})
+
+    def errors(self, name: str, rate: float, seed: int, digits: Digits) -> int:
+        method = METHODS[name]
+        model, _ = adapt(self.base, self.train, method.change, rate, seed, method.batches)
+        return count_errors(model, digits)
+
+    def search(self, name: str, waiting: list[int]) -> None:
+        """Try rates until the best one has a worse one on both sides."""
+        errors = self.chosen.setdefault(name, {})
+        while waiting:
+            for k in waiting:
+                counts = errors.setdefault(rate_key(k), [])
+                for seed in SEEDS[len(counts) :]:
+                    counts.append(self.errors(name, 0.01 * 2.0**k, seed, self.validation))
+            best = round(math.log2(best_rate(errors) / 0.01))
+            beside = (best - 1, best + 1)
+            waiting = [k for k in beside if len(errors.get(rate_key(k), [])) < len(SEEDS)]
+        self.chosen[name] = dict(sorted(errors.items(), key=lambda item: float(item[0])))
+        print(name, self.chosen[name], flush=True)
+        self.write()
+
+    def run_test(self, name: str, seeds: int, rate: float, counts: list[int]) -> None:
+        """Count errors on test digits with the seeds that are missing."""
+        for seed in range(len(counts), seeds):
+            counts.append(self.errors(name, rate, seed, self.test))
+        print("test", name, rate, sum(counts) / len(counts), counts, flush=True)
+        self.write()
+
+    def test_best(self, name: str, seeds: int) -> None:
+        """Test a method at the rate that validation has chosen."""
+        counts = self.tested.setdefault(name, [])
+        self.run_test(name, seeds, best_rate(self.chosen[name]), counts)
+
+    def best_alpha(self, rank: int) -> str:
+        """The setting of this rank that makes the fewest errors on validation digits."""
+        names = [lora_name(rank, alpha) for alpha in ALPHAS[rank]]
+        return min(names, key=lambda name: least_errors(self.chosen[name]))
+
+    def write(self) -> None:
+        results = {"validation": self.chosen, "test": self.tested}
+        results["test at the best rate of full"] = self.borrowed
+        facts = {
+            "validation": "errors in 2,000 rotated validation digits, for each rate and seed",
+            "validation seeds": SEEDS,
+            "test": "errors in 10,000 rotated test digits at the best rate, for seeds 0, 1, …",
+        }
+        store("rates.json", results, self.earlier + time.process_time(), **facts)
 
 
 def main() -> None:
-    """Run all methods at all rates, then each at its best; write after each method."""
-    train, validation, test = lu.load_mnist(torch.device("cpu"))
-    base = lu.pretrained_richboynet(torch.device("cpu"))
-    rotated = lu.rotate(train)
-    digits = {
-        part: lu.rotate(lu.subset(d, slice(2000)))
-        for part, d in (("validation", validation), ("test", test))
-    }
-
-    def errors_of(name: str, rate: float, seed: int, part: str) -> int:
-        change, _, batches = METHODS[name]
-        model = copy.deepcopy(base)
-        torch.manual_seed(seed)
-        change(model)
-        lu.train_classifier(model, rotated, batches, batch_size=64, lr=rate)
-        return lu.count_errors(model, digits[part])
-
-    before = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-    errors = {name: before.get("errors", {}).get(name, {}) for name in METHODS}
-    tested = {name: before.get("test errors", {}).get(name, []) for name in METHODS}
-    seconds = before.get("made", {}).get("CPU seconds", 0)
-    for i, seed in enumerate(SEEDS):
-        for name, (_, grid, _) in METHODS.items():
-            for rate in grid:
-                counts = errors[name].setdefault(f"{rate:.6g}", [])
-                if len(counts) == i:
-                    counts.append(errors_of(name, rate, seed, "validation"))
-            write(errors, tested, seconds)
-            print(
-                seed, name, {rate: counts[i] for rate, counts in errors[name].items()}, flush=True
-            )
-    for i, seed in enumerate(TEST_SEEDS):
-        for name in METHODS:
-            best = min(errors[name], key=lambda rate: sum(errors[name][rate]))
-            if len(tested[name]) == i:
-                tested[name].append(errors_of(name, float(best), seed, "test"))
-            write(errors, tested, seconds)
-            print("test", seed, name, best, tested[name][i], flush=True)
-
-
-def write(errors: dict, tested: dict, seconds: int) -> None:
-    """Write the errors so far, and how they were made; earlier runs took `seconds`."""
-    made = {
-        "command": "python experiments/sweep_rates.py",
-        "errors": "in the first 2,000 validation digits, rotated; one number a seed",
-        "seeds": SEEDS,
-        "test errors": "in the first 2,000 test digits, rotated, each at its best rate",
-        "test seeds": TEST_SEEDS,
-        "torch": torch.__version__,
-        "CPU seconds": seconds + round(time.process_time()),
-    }
-    # One line a method: a file that can be read, and whose changes can be.
-    lines = [f"  {quoted(name)}: {json.dumps(by_rate)}" for name, by_rate in errors.items()]
-    after = [f"  {quoted(name)}: {json.dumps(counts)}" for name, counts in tested.items()]
-    text = f'{{"made": {quoted(made)},\n"errors": {{\n' + ",\n".join(lines) + "\n},\n"
-    text += '"test errors": {\n' + ",\n".join(after) + "\n}}\n"
-    RESULT.write_text(text, encoding="utf-8", newline="\n")
-
-
-def quoted(thing: object) -> str:
-    """Return a thing as JSON that keeps α, √ and the like."""
-    return json.dumps(thing, ensure_ascii=False)
+    """Search the rate of every method, then test each at its best, the main notebook's first."""
+    sweep = Sweep()
+    main_methods = ["full", TWO_WEIGHTS, *(name for name in METHODS if "α" in name)]
+    main_methods = [name for name in main_methods if LONG not in name]
+    rest = [name for name in METHODS if name not in main_methods]
+    for name in main_methods:
+        sweep.search(name, list(METHODS[name].ks))
+    best = [sweep.best_alpha(rank) for rank in ALPHAS]
+    shown = best + [lora_name(rank, alpha) for rank in (1, 8, 64) for alpha in ALPHAS[rank]]
+    shown += [lora_name(rank, 16) for rank in (2, 4, 16)] + ["full", TWO_WEIGHTS]
+    shown += [lora_name(4, 32), lora_name(16, 64)]  # rsLoRA, for deeper/05
+    many = {"full", TWO_WEIGHTS, *(sweep.best_alpha(rank) for rank in (64, 128, 256))}
+    for name in filter(shown.__contains__, METHODS):
+        sweep.test_best(name, MANY if name in many else FEW)
+    full = best_rate(sweep.chosen["full"])
+    sweep.run_test(BORROWER, FEW, full, sweep.borrowed.setdefault(BORROWER, []))
+    for name in rest:
+        ks = list(METHODS[name].ks)
+        if name.endswith(LONG):  # begin at the best rate of the short run
+            k = round(math.log2(best_rate(sweep.chosen[name.removesuffix(LONG)]) / 0.01))
+            ks = [k - 1, k, k + 1]
+        sweep.search(name, ks)
+        sweep.test_best(name, FEW)
 
 
 if __name__ == "__main__":
