@@ -59,10 +59,10 @@ def factors_in(folder):
 
 
 def edit(folder, settings=lambda config: None, factors=lambda tensors: None, keep_copy=True):
-    """Change an adapter's files; keep_copy=False drops what only ours hold, as PEFT's do."""
+    """Change an adapter's files; keep_copy=False drops the metadata, as others do."""
     config = json.loads((folder / CONFIG).read_text())
     with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
-        metadata = file.metadata() if keep_copy else {"format": "pt"}
+        metadata = file.metadata() if keep_copy else None
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     settings(config)
     factors(tensors)
