@@ -422,9 +422,10 @@ def test_settings_that_say_too_little_are_refused(model, refused, folder, config
         lora.load_adapter(model, folder)
 
 
-def test_settings_without_effect_are_ignored(folder):
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva"])
+def test_settings_without_effect_are_ignored(folder, start):
     good = factors_in(folder)
-    harmless = {"use_dora": False, "rank_pattern": {}, "init_lora_weights": "gaussian", "new": 1}
+    harmless = {"use_dora": False, "rank_pattern": {}, "init_lora_weights": start, "new": 1}
     edit(folder, lambda config: config.update(harmless, target_modules=None), keep_copy=False)
     assert factors_in(folder) == good
 
