@@ -318,7 +318,7 @@ function notes(settings, lora) {
 }
 
 for (const part of PARTS) {
-  const name = part === "peak" ? "logits and loss, or a block again" : part;
+  const name = part === "peak" ? "at the peak" : part;
   $("key").append(element("span", {}, element("i", { class: part }), name));
 }
 $("card").value = "24";

@@ -5,8 +5,8 @@
 //   gradients    of what is trained
 //   optimizer    what it remembers of each trained number
 //   activations  what the backward pass needs of the forward pass
-//   peak         what comes on top at the worst moment: logits and loss or, with checkpointing, a
-//                block that is computed again
+//   peak         what comes on top at the worst moment: logits and loss; with checkpointing a block
+//                that is computed again; or the gradient of the embeddings
 //
 // The sum counts gradients from the start, as they stand while steps are accumulated.
 
@@ -140,8 +140,15 @@ function moments(model, settings, bytes, all) {
   const loss = rows * model.vocabulary * 12;
   // A block anew, and the gradients at its two ends.
   const again = isCheckpointed ? block + rows * bytes * 2 * model.width : 0;
-  if (again > loss) return { activations, peak: again, because: "a block computed again" };
-  return { activations, peak: loss, because: "logits and loss" };
+  // At the end the embeddings' gradient is made aside, and another one where the head shares it.
+  const aside = all ? (model.tied ? 2 : 1) * model.vocabulary * model.width * bytes : 0;
+  const peaks = [
+    [loss, "logits and loss"],
+    [again, "a block computed again"],
+    [aside, "the embeddings’ gradient"],
+  ];
+  const [peak, because] = peaks.reduce((a, b) => (b[0] > a[0] ? b : a));
+  return { activations, peak, because };
 }
 
 /** The bills of a step, in full and with LoRA, in bytes; and what is counted on the way. */

@@ -133,8 +133,8 @@ def write_tools(folder: Path) -> None:
 
 
 def named(number: str) -> str:
-    """Return the name of the main notebook with this number."""
-    return next(NOTEBOOKS.glob(f"{number}_*.ipynb")).stem
+    """Return the name of the main notebook with this number, or of the first page."""
+    return next((path.stem for path in NOTEBOOKS.glob(f"{number}_*.ipynb")), "index")
 
 
 def photograph() -> np.ndarray:

@@ -76,5 +76,7 @@ addEventListener("beforeprint", () => unfold(folds()));
 addEventListener("load", () => {
   const list = document.getElementById("pst-primary-sidebar");
   const here = list?.querySelector(".current.active > a");
-  if (list && (here?.offsetTop ?? 0) < list.clientHeight) list.scrollTop = 0;
+  requestAnimationFrame(() => {
+    if (list && (here?.offsetTop ?? 0) < list.clientHeight) list.scrollTop = 0;
+  });
 });

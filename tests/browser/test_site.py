@@ -181,6 +181,7 @@ def write_notebook(path, title, minutes, *more):
         return cell
 
     notebook = nbformat.v4.new_notebook()
+    notebook.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
     opening = nbformat.v4.new_markdown_cell(OPENING.format(title=title, minutes=minutes))
     notebook.cells = [opening, code("setup", SETUP), code("imports", "import torch\n\nSEED = 0")]
     notebook.cells += [cell if isinstance(cell, dict) else code(*cell) for cell in more]

@@ -46,6 +46,7 @@ def open_tool(browser, written):
 
 # The memory calculator: formulas
 
+PARTS = ["weights", "gradients", "optimizer", "activations", "peak"]
 SETTINGS = {
     "rank": 8,
     "targets": ["fc1", "fc2", "fc3"],
@@ -189,7 +190,7 @@ def measured():
 
 
 def test_steps_cost_what_was_measured(open_tool):
-    """Kept bytes within 1 %, peaks within 5 %: of real steps on SmolLM2's shape."""
+    """Kept bytes within 1 %, peaks within 3 %: of real steps on SmolLM2's shape."""
     page, ways = open_tool("memory"), {"query and value": ["query", "value"]}
     shape = page.evaluate("MODELS['SmolLM2 135M']")
     rows = measured()
@@ -206,10 +207,12 @@ def test_steps_cost_what_was_measured(open_tool):
         logits = 4 * row["batch"] * row["tokens"] * row["vocabulary"]  # log-softmax is kept
         if not row["checkpointing"]:
             assert found["activations"] == pytest.approx(row["kept"] - logits, rel=0.01), row
-        peak = found["weights"] + found["activations"] + found["peak"]
-        if row["way"] != "in full":  # there the page counts gradients from the start
-            peak += found["gradients"]
-        assert peak == pytest.approx(row["peak"], rel=0.05), row
+        if row["way"] == "in full":  # the sum counts gradients from the start: an upper bound
+            assert found["weights"] + found["gradients"] < row["peak"]
+            assert row["peak"] < 1.02 * sum(found[part] for part in PARTS), row
+        else:
+            peak = sum(found[part] for part in PARTS if part != "optimizer")
+            assert peak == pytest.approx(row["peak"], rel=0.03), row
 
 
 def test_pefts_adapters_in_32_bits_keep_their_inputs(open_tool):
