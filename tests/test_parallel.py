@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -21,10 +22,9 @@ import lora_tasks
 import lora_utils as lora
 import train_parallel as worker
 from lora_show import relative_difference, same_tensors
-from notebooks import NOTEBOOKS
 
 CPU = torch.device("cpu")
-ROOT = NOTEBOOKS.parent
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"full": {"full": True}, "lora": {}, "llama": {"model": "language_model", "batch": 4}}
 
 
@@ -201,7 +201,7 @@ def test_errors_say_what_is_wrong(two):
         assert "another job (other: base and examples)" in process["rebased"]
         assert "DistributedDataParallel is not needed" in process["nothing to train"]
         assert all(name.startswith("module.") for name in process["names"])
-        assert "hand over model.module" in process["wrapped"]
+        assert "renames the layers" in process["wrapped"]
         assert "find_unused_parameters=True" in process["unused"]
         assert process["unused, found"] is None
 
