@@ -123,6 +123,8 @@ def test_knobs_colour_the_words_and_say_it_in_numbers(page):
         assert ("gain" in look) == (gain >= 0.1) and ("harder" in look) == (gain <= -0.1)
     page.locator("#tokens").focus()
     page.keyboard.press("ArrowRight")
+    assert "the first: nothing stands before it" in page.inner_text("#one")
+    page.keyboard.press("ArrowRight")
     assert "bits alone" in page.inner_text("#one")
     assert f"{page.evaluate('known.bits[0]'):.1f} bits alone" in page.inner_text("#one")
     saved = sum(gains)
