@@ -59,7 +59,9 @@ function show() {
   asked = false;
   const text = $("text").value;
   if (text !== known.text) {
-    tokens = tokenizer.encode(text).slice(0, MOST);
+    const all = tokenizer.encode(text);
+    tokens = all.slice(0, MOST);
+    $("most").hidden = all.length <= MOST;
     const logits = tokens.length ? forwardLlama(base, tokens) : [];
     known = {
       text,

@@ -123,6 +123,8 @@ def test_knobs_colour_the_words_and_say_it_in_numbers(page):
         assert ("gain" in look) == (gain >= 0.1) and ("harder" in look) == (gain <= -0.1)
     page.locator("#tokens").focus()
     page.keyboard.press("ArrowRight")
+    assert "the first: nothing stands before it" in page.inner_text("#one")
+    page.keyboard.press("ArrowRight")
     assert "bits alone" in page.inner_text("#one")
     assert f"{page.evaluate('known.bits[0]'):.1f} bits alone" in page.inner_text("#one")
     saved = sum(gains)
@@ -137,9 +139,9 @@ def test_knobs_colour_the_words_and_say_it_in_numbers(page):
     for text in ("", "a", "日"):  # nothing, one token, several tokens of one letter
         page.locator("#text").fill(text)
         settle(page)
-    page.locator("#text").fill("word " * 150)
+    page.locator("#text").fill("a b c " * 100)
     settle(page)
-    assert spans.count() == 128
+    assert spans.count() == 128 and page.get_by_text("first 128 tokens").is_visible()
 
 
 def test_it_writes_sixty_tokens_twice_with_the_same_dice(page):
