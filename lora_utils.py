@@ -428,7 +428,7 @@ def _read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         with safetensors.safe_open(folder / WEIGHTS_FILE, "pt") as file:
             saved_config = dict(json.loads((file.metadata() or {}).get(CONFIG_FILE, "{}")))
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (TypeError, ValueError, safetensors.SafetensorError) as error:
         is_pointer = (folder / WEIGHTS_FILE).read_bytes().startswith(b"version https://git-lfs")
         fault = "a git-lfs pointer: run git lfs pull" if is_pointer else f"damaged: {error}"

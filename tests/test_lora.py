@@ -557,5 +557,8 @@ def test_parameters_are_counted_as_by_the_formula(adapt):
     tied.fc1.weight = tied.fc0.weight
     assert lora.count_parameters(tied) == (24, 24)
     assert lora.count_parameters(nn.Linear(4, 5)) == (25, 25)
+    packed = Quantised(nn.Linear(4, 5))
+    packed.bias = nn.Parameter(torch.ones(5))
+    assert lora.count_parameters(packed) == (25, 5)
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))  # 5 lengths, and directions
     assert lora.count_parameters(normed) == (5 + 20 + 5, 30)
