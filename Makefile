@@ -76,7 +76,7 @@ $(READY): requirements.txt
 $(SITE_READY): $(READY) requirements-site.txt
 	test -L .venv-site || $(PY) -m venv .venv-site
 	$(SITE_PY) -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "first.pth").write_text(sys.argv[1])' \
-		"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+		"$$($(PY) -c 'import os, sysconfig; print(os.path.realpath(sysconfig.get_path("purelib")))')"
 	$(PY) -m uv pip install --python $(SITE_PY) -r requirements-site.txt || \
 		{ echo "uv failed, see above. Now the same with pip:"; $(SITE_PY) -m pip install -r requirements-site.txt; }
 	touch $@
