@@ -1,4 +1,4 @@
-"""Count what train_parallel.py sends, and make a mistake with it (notebook 9).
+"""Count what train_parallel.py sends, and make a mistake with it (notebook 11).
 
     torchrun ... measure_parallel.py FOLDER SEED bytes llama orders
 

@@ -1,4 +1,4 @@
-"""Adapt a model with any number of processes, on one machine or several (notebook 9).
+"""Adapt a model with any number of processes, on one machine or several (notebook 11).
 
     torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 train_parallel.py FOLDER
 

@@ -1,4 +1,4 @@
-"""Time steps of train_parallel.py on two hosts that a slow link joins (notebook 9).
+"""Time steps of train_parallel.py on two hosts that a slow link joins (notebook 11).
 
     python experiments/slow_link.py
 

@@ -1,4 +1,4 @@
-"""What do four, three and two bits cost? The trainings whose results notebook 8 shows.
+"""What do four, three and two bits cost? The trainings whose results notebook 9 shows.
 
 python experiments/sweep_four_bits.py    writes data/four_bits.json; 17 CPU minutes
 

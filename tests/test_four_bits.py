@@ -1,4 +1,4 @@
-"""The quantiser and the quantised layers that notebook 8 teaches, and the sweep that it shows."""
+"""The quantiser and the quantised layers that notebook 9 teaches, and the sweep that it shows."""
 
 import copy
 import json

@@ -258,7 +258,7 @@ def test_what_a_sweep_stores_can_be_read_back(tmp_path, monkeypatch):
 
 # Notebook 7 on other models
 
-CELLS = json.loads((ROOT / "notebooks" / "07_transformer.ipynb").read_text())["cells"]
+CELLS = json.loads((ROOT / "notebooks" / "07_language_model.ipynb").read_text())["cells"]
 
 
 @pytest.fixture
