@@ -343,7 +343,7 @@ def test_the_sweep_trains_as_the_notebook_does(run_notebook, monkeypatch):
     text = names["training"]["Bible"][:20_000]
     names["fresh_lora"](8, names["MLP"])
     ours = names["model"]
-    lora_tasks.train_language_model(ours, names["tokenizer"], text, 5, 0.02, names["SEED"])
-    theirs, _ = sweep_language_model.adapt("MLP", text, 0.02, names["SEED"])
+    lora_tasks.train_language_model(ours, names["tokenizer"], text, 5, 0.02, names["TRAINING_SEED"])
+    theirs, _ = sweep_language_model.adapt("MLP", text, 0.02, names["TRAINING_SEED"])
     ours, theirs = map(lora_utils.lora_state_dict, (ours, theirs))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
