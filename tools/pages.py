@@ -27,6 +27,7 @@ sys.path += [str(ROOT), str(DOCS)]
 from conf import SITE  # noqa: E402
 from heads import meta  # noqa: E402
 
+from conventions import FIGURE, Notebook, figure_of, source  # noqa: E402
 from playground import inline, language, page  # noqa: E402
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -65,11 +66,13 @@ def prepare() -> None:
     shutil.copy(ROOT / "playground" / "icon.svg", SOURCE / "_static" / "favicon.svg")
     main = {path.stem: read(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     below: dict[str, list[str]] = {name: [] for name in main}
+    minutes = {}
     for path in sorted(NOTEBOOKS.glob("deeper/*.ipynb")):
         above = next(name for name in main if name[:2] == path.stem[:2])
         below[above].append(f"deeper/{path.stem}")
-        nbformat.write(read(path), SOURCE / "deeper" / path.name)
-    minutes = {}
+        notebook = read(path)
+        minutes[f"deeper/{path.stem}"] = MINUTES.search(notebook.cells[0].source)
+        nbformat.write(notebook, SOURCE / "deeper" / path.name)
     for name, notebook in main.items():
         minutes[name] = MINUTES.search(notebook.cells[0].source)
         if below[name]:
@@ -79,6 +82,7 @@ def prepare() -> None:
         nbformat.write(notebook, SOURCE / f"{name}.ipynb")
     with (SOURCE / "index.md").open("a", encoding="utf-8") as index:
         index.write(contents(below, minutes))
+    write_claims(SOURCE / "claims.md")
     write_tools(SOURCE / "extra")
     for file in metadata.files("sphinx-mathjax-offline"):  # of 24 MB the pages need 2
         path = str(file).partition("static/")[2]
@@ -132,6 +136,36 @@ def write_tools(folder: Path) -> None:
         (folder / f"{name}.html").write_text(text, encoding="utf-8", newline="\n")
 
 
+def write_claims(path: Path) -> None:
+    """Complete the page of claims: a table of verdicts, and figures taken from the notebooks."""
+    text = path.read_text(encoding="utf-8")
+    rows = ["| people say | measured |", "|---|---|"]
+    for claim, verdict in re.findall(r"^## (.*)\n\n\*\*(.*?)\*\*", text, flags=re.MULTILINE):
+        rows.append(f"| [{claim}](#{slug(claim)}) | {verdict} |")
+    text = text.replace("<!-- verdicts -->", "\n".join(rows))
+    path.write_text(FIGURE.sub(lambda place: measured(*place.groups()), text), encoding="utf-8")
+
+
+def measured(name: str, cell: str) -> str:
+    """Markdown for the figure of a notebook's cell, and for the section where it was measured."""
+    notebook = Notebook(NOTEBOOKS / f"{name}.ipynb")
+    figure = figure_of(notebook, cell)
+    image = SOURCE / "claims" / f"{Path(name).name}-{cell}.png"
+    image.parent.mkdir(exist_ok=True)
+    image.write_bytes(base64.b64decode("".join(figure["data"]["image/png"])))
+    before = notebook.cells[: [one["id"] for one in notebook.cells].index(cell)]
+    texts = [source(one) for one in before if one["cell_type"] == "markdown"]
+    title, *_, section = re.findall(r"^##? (.*)", "\n".join(texts), flags=re.MULTILINE)
+    alt = re.sub(r"([\[\]*_`])", r"\\\1", figure["metadata"]["image/png"]["alt"])
+    link = f"[{title}: {section}]({name}.ipynb#{slug(section)})"
+    return f"![{alt}](claims/{image.name})\n\nMeasured in {link}"
+
+
+def slug(heading: str) -> str:
+    """The anchor that MyST gives to a heading, as GitHub does."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 def named(number: str) -> str:
     """Return the name of the main notebook with this number, or of the first page."""
     return next((path.stem for path in NOTEBOOKS.glob(f"{number}_*.ipynb")), "index")
@@ -168,7 +202,7 @@ def contents(below: dict[str, list[str]], minutes: dict[str, re.Match | None]) -
     """Markdown for the first page: all notebooks, in the parts that the README's table has.
 
     A notebook that the table lacks stands at the end of the part before it. `below` has the deeper
-    notebooks of each main one, `minutes` the time that it takes to read, where it says so.
+    notebooks of each main one, `minutes` the time that each takes to read, where it says so.
     """
     part_of, question_of, part = {}, {}, "The notebooks"
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
@@ -185,9 +219,9 @@ def contents(below: dict[str, list[str]], minutes: dict[str, re.Match | None]) -
         tree = "\n".join(names)
         text += f"\n```{{toctree}}\n:hidden:\n:caption: {part}\n\n{tree}\n```\n\n**{part}**\n\n"
         for name in names:
-            time = f" · {minutes[name][1]}" if minutes[name] else ""
-            text += f"- {{doc}}`{name}`{time}  \n  {question_of.get(name, '')}\n"
-            text += "".join(f"  - Deeper: {{doc}}`{deeper}`\n" for deeper in below[name])
+            time = {page: f" · {found[1]}" if found else "" for page, found in minutes.items()}
+            text += f"- {{doc}}`{name}`{time[name]}  \n  {question_of.get(name, '')}\n"
+            text += "".join(f"  - Deeper: {{doc}}`{page}`{time[page]}\n" for page in below[name])
     return text
 
 
