@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -45,6 +46,9 @@ def open_tool(browser, written):
 
 
 # The memory calculator: formulas
+
+NOTEBOOK_6 = "notebooks/06_what_lora_saves.ipynb"
+ROW = r"(.*), batch (\d+)(, 4 bits)? +(.*?) *"  # a line of its table
 
 PARTS = ["weights", "gradients", "optimizer", "activations", "peak"]
 SETTINGS = {
@@ -213,6 +217,28 @@ def test_steps_cost_what_was_measured(open_tool):
         else:
             peak = sum(found[part] for part in PARTS if part != "optimizer")
             assert peak == pytest.approx(row["peak"], rel=0.03), row
+
+
+def test_notebook_6_gives_the_same_bills(open_tool):
+    """Its stored table, to the last digit that it prints; the adapter is 16 bytes a number."""
+    page, cells = open_tool("memory"), nbformat.read(pages.ROOT / NOTEBOOK_6, 4).cells
+    [table] = (cell.outputs[0].text for cell in cells if cell.id == "fits-run")
+    lines = table.splitlines()[1:]
+    assert len(lines) == 6
+    for line in lines:
+        name, batch, bits, *theirs = re.fullmatch(ROW, line).groups()
+        stored = "4.5 bits (NF4, scales as they are)" if bits else "as in training"
+        found = bill(
+            *(page, name),
+            **{"rank": 16, "adapters": 4, "targets": list(LAYERS), "recipe": "16 bits"},
+            **{"batch": int(batch), "tokens": 2048, "format": stored},
+        )
+        adapter, ours = 16 * found["trained"], found["lora"]
+        ours = [
+            *(ours["weights"] - adapter / 4, adapter, ours["activations"], ours["peak"]),
+            sum(ours[part] for part in PARTS),
+        ]
+        assert [f"{size / 1e9:.1f}" for size in ours] == theirs[0].split(), line
 
 
 def test_pefts_adapters_in_32_bits_keep_their_inputs(open_tool):
