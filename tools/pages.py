@@ -162,8 +162,8 @@ def measured(name: str, cell: str) -> str:
 
 
 def slug(heading: str) -> str:
-    """The anchor that MyST gives to a heading, as GitHub does."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+    """The anchor that MyST gives to a heading: its words, without mathematics."""
+    return re.sub(r"\$.*?\$|[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def named(number: str) -> str:
