@@ -38,6 +38,7 @@ LANGUAGE = ROOT / "data" / "language_playground.safetensors"
 BADGE = re.compile(r"^\[!\[Open in Colab\].*\n+", flags=re.MULTILINE)  # the theme has a button
 NEIGHBOURS = re.compile(r"^(Previous|Next): \[.*\n*", flags=re.MULTILINE)  # and arrows
 PREDICT = re.compile(r"(?<=\n\n)(?=\*\*Predict)|\A(?=\*\*Predict)")
+HEADING = re.compile(r"(```.*?```)|^(#+ )", flags=re.DOTALL | re.MULTILINE)  # outside of code
 TITLE = re.compile(r"\A# @title (.*)\n")  # the first line of a folded cell
 MINUTES = re.compile(r"\*\*Reading time\*\* (\d+ minutes)")
 PART = re.compile(r"^\| \*\*\w+\*\* \| \*\*(.+?)\*\*")  # a row of the README's table
@@ -95,16 +96,21 @@ def read(path: Path) -> nbformat.NotebookNode:
     """Return a notebook with the site's tags and marks."""
     notebook = nbformat.read(path, as_version=4)
     join_set_up(notebook)
+    leave_one_title(notebook)
     for cell in notebook.cells:
         adapt(cell)
     return notebook
 
 
 def lighten(folder: Path) -> None:
-    """Take out what the theme brings and no page needs. docs/_static/icons.css draws its icons."""
+    """Take out what the theme brings and no page needs. docs/_static/icons.css draws its icons.
+
+    The marks that unfold a list of deeper notebooks have no name in the theme: they get one.
+    """
     for path in folder.rglob("*.html"):
-        text = path.read_text(encoding="utf-8")
-        path.write_text(ICONS.sub("", text), encoding="utf-8", newline="\n")
+        text = ICONS.sub("", path.read_text(encoding="utf-8"))
+        text = text.replace("<summary><span", '<summary aria-label="Deeper notebooks"><span')
+        path.write_text(text, encoding="utf-8", newline="\n")
     static = folder / "_static"
     styles = static / "styles" / "pydata-sphinx-theme.css"
     styles.write_text(GLYPHS.sub("", styles.read_text(encoding="utf-8")), encoding="utf-8")
@@ -232,6 +238,14 @@ def join_set_up(notebook: nbformat.NotebookNode) -> None:
     while rest and rest[0].id.startswith("imports"):
         first.source += f"\n\n{rest[0].source}"
         notebook.cells.remove(rest.pop(0))
+
+
+def leave_one_title(notebook: nbformat.NotebookNode) -> None:
+    """Where a notebook has acts with titles of their own, let all headings move down by one."""
+    texts = [cell for cell in notebook.cells[1:] if cell.cell_type == "markdown"]
+    if any(level == "# " for cell in texts for _, level in HEADING.findall(cell.source)):
+        for cell in texts:
+            cell.source = HEADING.sub(lambda found: found[1] or f"#{found[2]}", cell.source)
 
 
 def adapt(cell: nbformat.NotebookNode) -> None:

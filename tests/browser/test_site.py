@@ -123,7 +123,7 @@ def test_each_claim_shows_what_a_notebook_stored(page, address, site):
     claims = re.findall(r"^## (.*)\n\n\*\*(.*?)\*\*", text, flags=re.MULTILINE)
     go(page, address, "claims")
     rows = page.locator("article table tbody tr").evaluate_all(
-        "all => all.map((row) => [...row.cells].map((cell) => cell.innerText))"
+        "all => all.map((row) => [...row.cells].map((c) => c.innerText.replace(/[“”]/g, '\"')))"
     )
     assert rows == [[*claim] for claim in claims] and len(rows) >= 12
     stored = [figure_of(Notebook(NOTEBOOKS[n]), cell) for n, cell in FIGURE.findall(text)]
@@ -213,7 +213,7 @@ def small(tmp_path_factory):
         *(folder / "notebooks" / "01_one.ipynb", "One", 25),
         text("## First\n\nA question.\n\n**Predict.** Will it merge?"),
         ("guess", "print('it merges')", "answer"),
-        text(f"Now a verdict.\n\n{long}\n\n## Second\n\n{long}"),
+        text(f"Now a verdict.\n\n{long}\n\n# Second act\n\n{long}"),
         text("<details><summary>How sure is this?</summary>\n\nVery adapters.\n\n</details>"),
         ("plot", "# @title Figure: a curve\nplt.plot()", "folded"),
         ("hint", "# @title Solution\nx = 1", "solution"),
@@ -263,6 +263,8 @@ def test_deeper_notebooks_stand_below_their_main_one(little, small):
     item = little.locator("article li", has=little.locator("a[href='01_one.html']"))
     assert "One · 25 minutes" in item.inner_text()
     assert item.locator("li").inner_text() == "Deeper: Roots · 12 minutes"
+    go(little, small, "01_one")
+    assert little.locator("main h1:visible").count() == 1  # although it has a second act
     nav = little.locator(".bd-docs-nav li.toctree-l1", has_text="One")
     assert nav.locator("li.toctree-l2 a").get_attribute("href") == "deeper/01_roots.html"
     ways = {"index": (None, "01_one"), "01_one": ("index", "02_two"), "02_two": ("01_one", None)}
@@ -342,8 +344,10 @@ def test_first_page_fits_one_screen(page, address):
         page.goto(f"{address}index.html")
         box = page.locator("article img").bounding_box()
         assert box["y"] + part * box["height"] <= height
-    for name in MAIN:
+    for name in NOTEBOOKS:
         assert page.locator(f"article li a[href^='{name}']").is_visible()
+        level = ".toctree-l2" if "/" in name else ".toctree-l1"
+        assert page.locator(f".bd-docs-nav li{level} > a[href^='{name}']").count() == 1, name
 
 
 def test_copy_buttons_show_on_touch(browser, address):
