@@ -211,9 +211,9 @@ def small(tmp_path_factory):
     long = "\n\n".join(f"Line {i} of many words that say nothing." for i in range(60))
     write_notebook(
         *(folder / "notebooks" / "01_one.ipynb", "One", 25),
-        text("## First\n\nA question.\n\n**Predict.** Will it merge?"),
+        text("# First act\n\nA question.\n\n**Predict.** Will it merge?"),
         ("guess", "print('it merges')", "answer"),
-        text(f"Now a verdict.\n\n{long}\n\n# Second act\n\n{long}"),
+        text(f"Now a verdict.\n\n{long}\n\n## Second\n\n{long}"),
         text("<details><summary>How sure is this?</summary>\n\nVery adapters.\n\n</details>"),
         ("plot", "# @title Figure: a curve\nplt.plot()", "folded"),
         ("hint", "# @title Solution\nx = 1", "solution"),
@@ -264,7 +264,7 @@ def test_deeper_notebooks_stand_below_their_main_one(little, small):
     assert "One · 25 minutes" in item.inner_text()
     assert item.locator("li").inner_text() == "Deeper: Roots · 12 minutes"
     go(little, small, "01_one")
-    assert little.locator("main h1:visible").count() == 1  # although it has a second act
+    assert little.locator("main h1:visible").count() == 1  # although its act has one, too
     nav = little.locator(".bd-docs-nav li.toctree-l1", has_text="One")
     assert nav.locator("li.toctree-l2 a").get_attribute("href") == "deeper/01_roots.html"
     ways = {"index": (None, "01_one"), "01_one": ("index", "02_two"), "02_two": ("01_one", None)}
@@ -345,7 +345,7 @@ def test_first_page_fits_one_screen(page, address):
         box = page.locator("article img").bounding_box()
         assert box["y"] + part * box["height"] <= height
     for name in NOTEBOOKS:
-        assert page.locator(f"article li a[href^='{name}']").is_visible()
+        assert page.locator(f"article li a.reference[href^='{name}']").is_visible()
         level = ".toctree-l2" if "/" in name else ".toctree-l1"
         assert page.locator(f".bd-docs-nav li{level} > a[href^='{name}']").count() == 1, name
 
