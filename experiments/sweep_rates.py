@@ -225,7 +225,9 @@ for name in ("full", TWO_WEIGHTS):
         ks = range(guess - 1, guess + 2)
         METHODS[own_rate_name(name, times)] = Method(own_rate(METHODS[name].change, factor), ks)
 LONG = ", 200 batches"
-for name in ("full", TWO_WEIGHTS, "r = 64, α = 512", "r = 64, α = 16"):
+RUN_LONG = ["full", TWO_WEIGHTS, "r = 64, α = 512", "r = 64, α = 16"]
+RUN_LONG += [own_rate_name("full", "1/16"), "r = 256, α = 4096"]
+for name in RUN_LONG:
     METHODS[name + LONG] = Method(METHODS[name].change, range(-1, -1), 200)
 
 
@@ -348,7 +350,7 @@ def main() -> None:
     sweep = Sweep()
     main_methods = ["full", TWO_WEIGHTS, *(name for name in METHODS if "α" in name)]
     main_methods = [name for name in main_methods if LONG not in name and "fc1 ×" not in name]
-    rest = [name for name in METHODS if name not in main_methods]
+    rest = [name for name in METHODS if name not in main_methods and LONG not in name]
     for name in main_methods:
         sweep.search(name, list(METHODS[name].ks))
     best = [sweep.best_alpha(rank) for rank in ALPHAS]
@@ -363,15 +365,15 @@ def main() -> None:
     sweep.run_test(BORROWER, FEW, full, sweep.borrowed.setdefault(BORROWER, []))
     sweep.cut()
     for name in rest:
-        ks = list(METHODS[name].ks)
-        if name.endswith(LONG):  # begin at the best rate of the short run
-            k = round(math.log2(best_rate(sweep.chosen[name.removesuffix(LONG)]) / 0.01))
-            ks = [k - 1, k, k + 1]
-        sweep.search(name, ks)
+        sweep.search(name, list(METHODS[name].ks))
         if "fc1 ×" not in name:
             sweep.test_best(name, FEW)
     for name in ("full", TWO_WEIGHTS):
         sweep.test_best(sweep.best(own_rate_names(name)), MANY)
+    for name in RUN_LONG:  # begin at the best rate of the short run
+        k = round(math.log2(best_rate(sweep.chosen[name]) / 0.01))
+        sweep.search(name + LONG, [k - 1, k, k + 1])
+        sweep.test_best(name + LONG, FEW)
 
 
 if __name__ == "__main__":
