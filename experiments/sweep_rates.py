@@ -226,7 +226,8 @@ for name in ("full", TWO_WEIGHTS):
         METHODS[own_rate_name(name, times)] = Method(own_rate(METHODS[name].change, factor), ks)
 LONG = ", 200 batches"
 RUN_LONG = ["full", TWO_WEIGHTS, "r = 64, α = 512", "r = 64, α = 16"]
-RUN_LONG += [own_rate_name("full", "1/16"), "r = 256, α = 4096"]
+RUN_LONG += [own_rate_name("full", "1/16"), "r = 256, α = 4096", "r = 128, α = 2048"]
+RUN_LONG += [own_rate_name(TWO_WEIGHTS, "1/16")]
 for name in RUN_LONG:
     METHODS[name + LONG] = Method(METHODS[name].change, range(-1, -1), 200)
 
