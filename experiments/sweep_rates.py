@@ -12,8 +12,8 @@ on both sides of the best one.
 α is a second knob that full fine-tuning lacks. So full fine-tuning, and its two large weights
 alone, are also tried with one: a rate of its own for fc1.
 
-It takes about three quarters of an hour with one thread. The file is written after each training, and a run that
-finds the file does only what is missing in it.
+It takes about three quarters of an hour with one thread. The file is written after each training,
+and a run that finds the file does only what is missing in it.
 """
 
 import copy
