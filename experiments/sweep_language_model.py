@@ -104,15 +104,12 @@ METHODS = {
     "r = 64, α = 16": Method(lora(64, 16), (5e-3, 1e-2, 2e-2)),
     "r = 64, α = 64": Method(lora(64, 64), (2.5e-3, 5e-3, 1e-2)),
     "r = 64, α = 256": Method(lora(64, 256), (1.25e-3, 2.5e-3, 5e-3)),
-    IN_FULL: Method(seven_layers, (2e-3, 4e-3, 8e-3), 4),
-    "r = 4, α = 4": Method(lora(4, 4), (1e-2, 2e-2, 4e-2), 3),
+    IN_FULL: Method(seven_layers, (2e-3, 4e-3, 8e-3), 3),
+    "r = 4, α = 4": Method(lora(4, 4), (1e-2, 2e-2, 4e-2), 2),
     # Equal numbers in different places: 27,648
     "query, value": Method(lora(18, 18, ["q_proj", "v_proj"]), (1e-2, 2e-2, 4e-2)),
     "attention": Method(lora(9, 9, ATTENTION), (1e-2, 2e-2, 4e-2)),
     "MLP": Method(lora(8, 8, MLP), (1e-2, 2e-2, 4e-2)),
-    # Less needed
-    "r = 1, α = 1": Method(lora(1, 1), (2e-2, 4e-2, 8e-2)),
-    "r = 4, α = 16": Method(lora(4, 16), (5e-3, 1e-2, 2e-2)),
     FULL: Method(everything, (2e-3, 4e-3, 8e-3)),
 }
 
@@ -207,7 +204,7 @@ def main() -> None:
         if name in alphas and name != best_alpha:
             continue
         best = sweep.choose(name)
-        count = 4 if name == best_alpha else method.count
+        count = 3 if name == best_alpha else method.count
         for halvings in range(count):
             sweep.test(name, best / 2**halvings, STRENGTHS if count > 1 else (1,))
 
