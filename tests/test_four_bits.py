@@ -1,24 +1,35 @@
-"""The quantiser and the quantised layers that notebook 9 teaches, and the sweep that it shows."""
+"""The quantiser and the quantised layers that notebook 8 teaches, and the sweep that it shows."""
 
 import copy
 import json
 import logging
 import math
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 
+import lora_tasks
 import lora_utils
 from experiments import sweep_four_bits
+from lora_bits import (
+    NF4,
+    LeanQuantizedLinear,
+    QuantizedLinear,
+    lloyd_max,
+    normal_float,
+    pack,
+    predicted_error,
+    quantize,
+    rounded,
+    start_factors,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-CELLS = "imports imports-lora imports-language normal-float quantize pack quantized-linear"
-TAUGHT = sweep_four_bits.taught(*CELLS.split(), "lean-layer", "start-factors")
-NF4, quantize, rounded, pack = (TAUGHT[n] for n in ("NF4", "quantize", "rounded", "pack"))
-KINDS = [TAUGHT["QuantizedLinear"], TAUGHT["LeanQuantizedLinear"]]
+STORED = json.loads((lora_tasks.DATA / "four_bits.json").read_text(encoding="utf-8"))
+KINDS = [QuantizedLinear, LeanQuantizedLinear]
 
 
 @pytest.fixture(params=KINDS)
@@ -39,19 +50,42 @@ if sys.platform == "linux":  # as in requirements.txt
     from bitsandbytes.backends.cpu import ops
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
+    NF4_AS_OURS = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": False}
+
+    def code_times_scale(packed, state):
+        """Return the weight that bitsandbytes' own numbers, code and scales stand for."""
+        packed, count = packed.flatten(), state.shape.numel()
+        numbers = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:count].int()
+        scales = state.absmax.repeat_interleave(64)[:count]
+        return (state.code[numbers] * scales).view(state.shape)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 9), (8, 8), (5, 13), (33, 31), (64, 96)])
     @pytest.mark.parametrize("make", [torch.randn, with_zeros])
     def test_bit_for_bit_as_bitsandbytes(make, shape, dtype):
         weight = make(shape).to(dtype)
-        settings = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": False}
-        packed, state = quantize_4bit(weight, **settings)
+        packed, state = quantize_4bit(weight, **NF4_AS_OURS)
         numbers, scales = quantize(weight, NF4)
         assert pack(numbers).flatten()[: (weight.numel() + 1) // 2].equal(packed.flatten())
         # bitsandbytes gives a last block that is all zeros, and not full, a scale of 1e-38.
         assert torch.allclose(scales, state.absmax, rtol=0, atol=1e-37)
         assert scales[scales > 0].equal(state.absmax[scales > 0])
-        assert rounded(weight, NF4).to(dtype).equal(dequantize_4bit(packed, state))
+        assert rounded(weight, NF4).equal(code_times_scale(packed, state))
+
+    BITSANDBYTES = tuple(int(part) for part in version("bitsandbytes").split(".")[:3])
+    CPU = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize("columns", [33, 64, 96, 100, 128, 784])
+    def test_bitsandbytes_gives_back_what_it_stored(columns, request):
+        """From 0.49.0 on, on CPUs with AVX-512, it does so only if rows are whole blocks."""
+        if BITSANDBYTES >= (0, 49, 0) and "avx512f" in CPU and columns % 16 == 0 and columns % 64:
+            # Strict where the fault was seen; another CPU or a later version may be right.
+            seen = BITSANDBYTES <= (0, 50, 2) and "avx512_bf16" in CPU
+            reason = "bitsandbytes takes the scale of another block"
+            request.applymarker(pytest.mark.xfail(strict=seen, reason=reason))
+        packed, state = quantize_4bit(torch.randn(64, columns), **NF4_AS_OURS)
+        back = dequantize_4bit(packed, state)
+        assert torch.allclose(back, code_times_scale(packed, state), rtol=1e-5, atol=0)
 
     def test_only_its_errors_are_heard():
         """Its warning of a missing package would stand in a reader's notebook."""
@@ -59,9 +93,30 @@ if sys.platform == "linux":  # as in requirements.txt
         assert logger.isEnabledFor(logging.ERROR) and not logger.isEnabledFor(logging.WARNING)
 
     def test_the_stored_results_are_bitsandbytes_own():
-        stored = json.loads(sweep_four_bits.RESULT_FILE.read_text(encoding="utf-8"))
         theirs = sweep_four_bits.reference()
-        assert stored["bitsandbytes"] | {"version": theirs["version"]} == theirs
+        assert STORED["results"]["bitsandbytes"] | {"version": theirs["version"]} == theirs
+
+
+def test_nf4_is_built_from_quantiles_as_its_authors_say():
+    assert (normal_float(4) - NF4).abs().max() < 2e-7
+    for bits in (2, 3, 4):
+        code = normal_float(bits)
+        assert len(code) == 2**bits and code.equal(code.sort().values)
+        assert code[0] == -1 and code[-1] == 1 and 0 in code
+
+
+@pytest.mark.parametrize("make", [normal_float, lambda bits: torch.linspace(-1, 1, 2**bits)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_errors_on_normal_weights_are_as_predicted_and_least_for_lloyd_max(make, bits):
+    weight, code = torch.randn(400_000), make(bits)
+    best = lloyd_max(code)
+    for values in (code, best):
+        error = (rounded(weight, values) - weight).square().mean().item()
+        assert error == pytest.approx(predicted_error(values), rel=0.03)
+    for i in range(len(best)):  # no value can be moved with profit
+        for step in (-0.02, 0.02):
+            moved = best + step * (torch.arange(len(best)) == i)
+            assert predicted_error(moved.sort().values) > predicted_error(best)
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
@@ -150,19 +205,31 @@ def test_a_trained_bias_gets_its_gradient(kind):
 
 
 def test_only_the_lean_layer_keeps_no_weight():
-    kept = []
+    shapes = []
     for kind in KINDS:
-        shapes = []
-
-        def keep(tensor, shapes=shapes):
-            shapes.append(tuple(tensor.shape))
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            adapted(kind)(torch.randn(2, 20))
-        kept.append({(30, 70), (70, 30)} & set(shapes))
-    naive, lean = kept
+        model = adapted(kind)
+        with lora_tasks.kept_for_backward(model) as kept:
+            model(torch.randn(2, 20))
+        shapes.append({(30, 70), (70, 30)} & {tuple(tensor.shape) for tensor in kept})
+    naive, lean = shapes
     assert naive and not lean
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_under_autocast_the_gradients_are_nearly_those_without(kind, inside):
+    def gradients(enabled):
+        model = adapted(kind)
+        x = torch.linspace(-1, 1, 40).view(2, 20).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(x).square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    for ours, exact in zip(gradients(True), gradients(False), strict=True):
+        assert ours.dtype == exact.dtype and (ours - exact).norm() < 0.03 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -241,8 +308,9 @@ def test_starts_of_the_factors(start):
     model[0].weight.data = base = rounded(exact, torch.tensor([-0.5, 0, 0.5]))
     base = base.clone()
     lora_utils.add_lora(model, 3, alpha=6, targets=["0"])
-    TAUGHT["start_factors"](model[0], exact, start)
-    whole, layer = model[0].weight.detach(), model[0]
+    start_factors(model[0], exact, start)
+    layer = model[0]
+    whole = (layer.base.weight + layer.delta_W()).detach()
     tail = torch.linalg.svdvals(exact - base)[3:].norm()
     if start == "LoftQ":
         assert layer.base.weight.equal(base)
@@ -255,7 +323,7 @@ def test_starts_of_the_factors(start):
 
 
 def test_the_sweep_holds_what_its_script_says():
-    stored = json.loads(sweep_four_bits.RESULT_FILE.read_text(encoding="utf-8"))
+    stored = STORED["results"]
     assert list(stored["before"]) == list(sweep_four_bits.BASES)
     names = [", ".join(method) for method in sweep_four_bits.METHODS]
     for part in ("validation", "test", "Austen"):
@@ -266,4 +334,4 @@ def test_the_sweep_holds_what_its_script_says():
         assert min(rates) < best < max(rates), "the best rate lies inside the range"
         for part in ("test", "Austen"):
             assert len(stored[part][name]) == len(sweep_four_bits.RESULT)
-    assert stored["made"]["seeds"] == list(sweep_four_bits.RESULT)
+    assert STORED["made"]["seeds"] == list(sweep_four_bits.RESULT)
