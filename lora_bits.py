@@ -21,6 +21,9 @@ NF4 = torch.tensor(  # as QLoRA's authors published it (appendix E), so that eve
     + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 )
 
+FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])  # bitsandbytes' default
+FP4 = torch.cat([-FP4.flip(0)[:-1], FP4])  # floating point: its zero has two numbers, so fifteen
+
 
 def normal_float(bits: int) -> torch.Tensor:
     """Return the 2^bits values of NormalFloat: quantiles of a normal distribution, from -1 to 1."""
@@ -69,18 +72,23 @@ def lloyd_max(code: torch.Tensor) -> torch.Tensor:
 # --- Weights as numbers -------------------------------------------------------------------------
 
 
-def quantize(
-    weight: torch.Tensor, code: torch.Tensor, block: int = 64
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the number of the nearest value for each weight (blocks × block), and the scales.
+def in_blocks(weight: torch.Tensor, block: int = 64) -> torch.Tensor:
+    """Return the weights in rows of one block each, the last one filled with zeros.
 
     Raises:
-        ValueError: the weights are not all finite floating-point numbers.
+        ValueError: they are not all finite floating-point numbers.
     """
     flat = weight.detach().flatten().float()  # 16-bit arithmetic would choose other numbers
     if not (weight.is_floating_point() and flat.isfinite().all()):
         raise ValueError("only finite floating-point numbers can be quantised")
-    blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+    return F.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+
+
+def quantize(
+    weight: torch.Tensor, code: torch.Tensor, block: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the number of the nearest value for each weight (blocks × block), and the scales."""
+    blocks = in_blocks(weight, block)
     scales = blocks.abs().amax(dim=1)
     middles = (code[1:] + code[:-1]) / 2
     numbers = torch.bucketize(blocks / scales.where(scales > 0, 1)[:, None], middles)
@@ -99,11 +107,44 @@ def rounded(weight: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     return dequantize(code[numbers.int()], scales, weight.shape)
 
 
-def round_layers(model: nn.Module, names: Iterable[str], code: torch.Tensor) -> None:
-    """Round the weights of the linear layers of these names, in place; they stay floats."""
+def rounded_q4_0(weight: torch.Tensor, block: int = 64) -> torch.Tensor:
+    """Return the weight as it comes back from even steps, -8 to 7, where -8 is the largest.
+
+    So all sixteen numbers are used: the step is negative where the largest weight is positive.
+    That is Q4_0 of llama.cpp, which has blocks of 32 and 16-bit steps.
+    """
+    blocks = in_blocks(weight, block)
+    largest = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))  # with its sign
+    steps = largest.where(largest != 0, 1) / -8
+    numbers = (blocks / steps).round().clamp(-8, 7)
+    return dequantize(numbers, steps[:, 0], weight.shape)
+
+
+def rounded_asymmetric(weight: torch.Tensor, block: int = 64) -> torch.Tensor:
+    """Return the weight as it comes back from even steps between the block's least and largest.
+
+    A zero point, the number that stands for 0, is stored beside the step, as in GPTQ and AWQ.
+    """
+    blocks = in_blocks(weight, block)
+    least = blocks.amin(dim=1, keepdim=True).clamp(max=0)
+    steps = (blocks.amax(dim=1, keepdim=True).clamp(min=0) - least) / 15
+    steps = steps.where(steps > 0, 1)
+    zeros = (-least / steps).round()
+    numbers = ((blocks / steps).round() + zeros).clamp(0, 15)
+    return dequantize(numbers - zeros, steps[:, 0], weight.shape)
+
+
+def round_layers(
+    model: nn.Module, names: Iterable[str], way: torch.Tensor | Callable[..., torch.Tensor]
+) -> None:
+    """Round the weights of the linear layers of these names, in place; they stay floats.
+
+    The way is a code, or a function from a weight to the weight as it comes back.
+    """
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name.split(".")[-1] in names:
-            layer.weight.data = rounded(layer.weight, code)
+            is_code = isinstance(way, torch.Tensor)
+            layer.weight.data = rounded(layer.weight, way) if is_code else way(layer.weight)
 
 
 def pack(numbers: torch.Tensor) -> torch.Tensor:
