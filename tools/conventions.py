@@ -61,8 +61,6 @@ class Notebook:
         self.opening = source(self.cells[0])
         self.is_deeper = path.parent.name == "deeper"
         self.main_path = path.parent.parent if self.is_deeper else path.parent
-        # To be dropped with the last notebook of the first edition: it lacks what is new.
-        self.is_old = "**You will**" in self.opening
 
 
 def source(cell: dict) -> str:
@@ -105,9 +103,7 @@ def opening(notebook: Notebook) -> Iterator[str]:
     page = f"{COLAB}/github/{REPOSITORY}/blob/main/notebooks/{name}"
     badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({page})"
     parts = ["# ", badge]
-    if notebook.is_old:
-        parts += ["**You will**", "**You need**"]
-    elif not notebook.is_deeper:
+    if not notebook.is_deeper:
         parts += ["**After this you know that**", "**You need**", "**Reading time**"]
     rest = notebook.opening
     if notebook.cells[0]["cell_type"] != "markdown" or not rest.startswith("# "):
@@ -141,7 +137,7 @@ def neighbours(notebook: Notebook) -> Iterator[str]:
 @rule
 def closing(notebook: Notebook) -> Iterator[str]:
     needed = ["You have seen"]
-    if not notebook.is_old and not notebook.is_deeper:
+    if not notebook.is_deeper:
         needed += ["On Monday"]
     for words in needed:
         if not any(words in source(cell) for cell in notebook.markdown):
@@ -172,7 +168,7 @@ def seeded(notebook: Notebook) -> Iterator[str]:
 def promises(notebook: Notebook) -> Iterator[str]:
     """A main notebook ends with a cell that asserts its claims; a deeper one asserts anywhere."""
     last = notebook.cells[-1]
-    if notebook.is_old or notebook.is_deeper:
+    if notebook.is_deeper:
         if not any("check(" in source(cell) for cell in notebook.code):
             yield "no cell checks a claim"
     elif "promises" not in tags(last) or "check(" not in source(last):
@@ -273,7 +269,7 @@ def metadata(notebook: Notebook) -> Iterator[str]:
 @rule
 def minutes(notebook: Notebook) -> Iterator[str]:
     """A main notebook says how long it takes to read: what is measured below, within a quarter."""
-    if notebook.is_old or notebook.is_deeper:
+    if notebook.is_deeper:
         return
     takes = reading(notebook)["minutes"]
     said = MINUTES.search(notebook.opening)
