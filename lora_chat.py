@@ -47,10 +47,7 @@ CONDITIONS = {
     "over": ["with a {} above {}", "whose {} is more than {}"],
     "under": ["with a {} below {}", "whose {} is less than {}"],
 }
-ORDERS = {
-    "up": [", smallest {} first", ", ordered by rising {}"],
-    "down": [", largest {} first", ", ordered by falling {}"],
-}
+ORDERS = {"up": ", smallest {} first", "down": ", largest {} first"}
 
 
 def make_pair(rng: random.Random, tables: dict) -> Pair:
@@ -69,7 +66,7 @@ def make_pair(rng: random.Random, tables: dict) -> Pair:
     if rng.random() < 0.4:
         column = rng.choice(of_numbers)
         way = rng.choice(["up", "down"])
-        question += rng.choice(ORDERS[way]).format(column)
+        question += ORDERS[way].format(column)
         query += f" sort {column} {way}"
     return question + ".", query + " ;"
 

@@ -162,10 +162,10 @@ def test_a_tiny_model_learns_two_answers_and_stops(loaded):
     for parameter in model.parameters():
         parameter.requires_grad_(True)  # a random base knows nothing that LoRA could shift
     pairs = [("Who?", "books ;"), ("How many?", "films ;")]
-    batches = lora_chat.draw_batches(tokenizer, pairs, steps=60, size=2, seed=0)
+    batches = lora_chat.draw_batches(tokenizer, pairs, steps=150, size=2, seed=0)
     steps = []
     losses = lora_chat.train_on_batches(model, batches, 1e-2, steps.append)
-    assert steps == list(range(60)) and losses[-1] < 0.1
+    assert steps == list(range(150)) and losses[-1] < 0.1
     assert lora_chat.exact_matches(model, tokenizer, pairs) == 1
     assert lora_chat.exact_matches(model, tokenizer, [("Who?", "films ;")]) == 0
 
