@@ -23,10 +23,8 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random tiny Llama with a chat template."""
-    folder = tmp_path_factory.mktemp("chat")
+def save_tiny(folder):
+    """Save a random tiny Llama with a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "language_model")
     tokenizer.add_special_tokens(
         {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
@@ -40,6 +38,12 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **sizes | heads | ends, pad_token_id=end)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    save_tiny(folder)
     return folder
 
 
