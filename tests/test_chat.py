@@ -81,6 +81,7 @@ def test_unknown_tables_are_unknown_and_seeds_make_other_pairs():
 def test_labels_are_those_of_trl(loaded, tmp_path):
     """TRL prepares the same rows, and its collator pads them: same tokens, same labels."""
     from datasets import Dataset
+
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer = loaded
@@ -252,7 +253,7 @@ BROKEN = {
     "B is still zero": forget_in_optimizer,
     "gradients are NaN": spoil,
     "prompt has labels": whole_text,
-    "without labels": lambda model, batch, losses: batch["labels"][0].fill_(-100),
+    "has no labels": lambda model, batch, losses: batch["labels"][0].fill_(-100),
     "padding has labels": lambda m, b, losses: b.update(labels=b["input_ids"].clone()),
     "end token is not learnt": lambda model, batch, losses: batch["labels"][:, -1].fill_(-100),
     "adapter is off": lambda model, batch, losses: lora_utils.set_lora_strength(model, 0),
