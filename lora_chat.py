@@ -43,7 +43,7 @@ NUMBERS = [5, 12, 30, 75, 100, 250, 900, 1990, 4000]
 OPENINGS = ["Show the {} of all {} ", "What is the {} of the {} ", "List the {} for {} "]
 OPENINGS += ["Give me the {} of every one of the {} "]
 CONDITIONS = {
-    "is": ["whose {} is {}", "with {1} as {0}", "where the {} is {}"],
+    "is": ["whose {} is {}", "where the {} is {}"],
     "over": ["with a {} above {}", "whose {} is more than {}"],
     "under": ["with a {} below {}", "whose {} is less than {}"],
 }
