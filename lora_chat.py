@@ -171,7 +171,11 @@ def answer(
             add_special_tokens=False,  # the template has them already
         ).to(model.device)
         tokens = model.generate(
-            **batch, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=most,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
         )
         new = tokens[:, batch["input_ids"].shape[1] :]
         written += tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -279,7 +283,7 @@ def diagnose(model: "PreTrainedModel", batch: Batch, losses: Sequence[float] = (
     """Return what is wrong with a training, as far as the model, a batch and the losses show it."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
-        return ["nothing is trainable: add LoRA, and do not freeze it"]
+        return ["nothing is trainable: LoRA is missing, frozen, or off"]
     is_text = batch["attention_mask"] == 1
     is_learnt = batch["labels"] != -100
     if not is_learnt.any(dim=1).all():

@@ -38,7 +38,9 @@ def save_tiny(folder):
     ends = {"vocab_size": len(tokenizer), "eos_token_id": end, "bos_token_id": end}
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **sizes | heads | ends, pad_token_id=end)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    model.lm_head.weight.data *= 20  # scores that differ, so that LoRA can lower the loss
+    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -243,11 +245,11 @@ def test_a_sound_run_is_met_with_silence(loaded):
 def test_a_run_of_peft_is_met_with_silence(loaded):
     model, tokenizer = loaded
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    batches = lora_chat.draw_batches(tokenizer, PAIRS, 8, 4, seed=0)
-    losses = lora_chat.train_on_batches(model, batches, 3e-2)
+    batches = lora_chat.draw_batches(tokenizer, PAIRS[:2], 20, 2, seed=0)
+    losses = lora_chat.train_on_batches(model, batches, 2e-2)
     assert lora_chat.diagnose(model, batches[0], losses) == []
     with model.disable_adapter():
-        assert "adapter is off" in lora_chat.diagnose(model, batches[0])[-1]
+        assert "or off" in lora_chat.diagnose(model, batches[0])[-1]
 
 
 def freeze(model, batch, losses):
@@ -312,7 +314,9 @@ def test_the_notebook_runs_on_another_model(folder, monkeypatch):
         if cell["cell_type"] == "code" and cell["id"] != "promises":
             source = "".join(cell["source"])
             source = source.replace("MODEL = CHAT_MODEL", f"MODEL = {str(folder)!r}")
-            source = source.replace("STEPS = 60", "STEPS = 15").replace("45)", "14)")
+            source = source.replace("STEPS = 48", "STEPS = 15").replace(
+                "8, 14, 20, 32)", "8, 10, 12, 14)"
+            )
             exec(compile(source, cell["id"], "exec"), names)
     assert len(names["losses"]) == 15 and names["model"].config.hidden_size == 64
     found = names["findings"]
