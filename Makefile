@@ -10,7 +10,7 @@ DEEPER ?=
 
 # One worker per core. The cells of one notebook share a kernel, so they must share a worker.
 # Lax: the outputs of cells tagged nbval-check-output are compared, the others only have to run.
-NBVAL := -n auto --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+NBVAL := -n auto --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=600
 
 # Some of the site's tests only: make test-site SITE_TESTS='-m "not slow"'
 SITE_TESTS ?=

@@ -168,21 +168,19 @@ def jobs(found: dict):
                 ),
             )
 
-    yield from result("notebook", "r = 8", RESULTS[:2], steps=LONG)
     for name in PROMPTS:
         yield from prompting(name, 1)
+    yield from result("notebook", "r = 8", RESULTS[:3], steps=LONG)
+    yield from result("r = 8", "r = 8", RESULTS[:3])
+    yield from choose("r = 1")
+    yield from result("r = 1", "r = 1", RESULTS[:3])
+    yield from result("30 examples", "r = 8", RESULTS[:3], count=30)
     yield from result("notebook", "r = 8", RESULTS, steps=LONG)
-    for seed in RESULTS[:3]:
-        yield from result("r = 8", "r = 8", [seed])
-        yield from result("30 examples", "r = 8", [seed], count=30)
-    for method in ("r = 1", "full"):
+    for method in ("full", "q, v"):
         yield from choose(method)
         yield from result(method, method, RESULTS[:3])
     for labels in LABELS:
         yield from result(labels, "r = 8", RESULTS[:1], labels=labels)
-    yield from choose("q, v")
-    yield from result("q, v", "q, v", RESULTS[:3])
-    yield from result("10 examples", "r = 8", RESULTS[:3], count=10)
 
 
 def main(most: float) -> None:
