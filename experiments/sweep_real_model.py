@@ -59,8 +59,6 @@ PROMPTS = {  # what is said before the question, and how many examples
     "the question alone": (False, 0),
     "the language described": (True, 0),
     "4 examples": (False, 4),
-    "described, 4 examples": (True, 4),
-    "16 examples": (False, 16),
     "described, 16 examples": (True, 16),
 }
 
@@ -164,7 +162,7 @@ def jobs(found: dict):
             yield (
                 f"prompt / {name} / {seed}",
                 lambda seed=seed, shown=shown: measure(
-                    *load_chat_model(), test_pairs(seed, 10), examples=shown, **system
+                    *load_chat_model(), test_pairs(seed, 8), examples=shown, **system
                 ),
             )
 
