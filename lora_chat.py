@@ -2,7 +2,7 @@
 
 The company of the story keeps its tables in a database with a language of its own:
 
-    Show the price of all books where the author is Miller, smallest year first.
+    Show the price of all books where the author is Miller, by rising year.
     books | author is Miller -> price sort year up ;
 """
 
@@ -47,7 +47,7 @@ CONDITIONS = {
     "over": ["with a {} above {}", "whose {} is more than {}"],
     "under": ["with a {} below {}", "whose {} is less than {}"],
 }
-ORDERS = {"up": ", smallest {} first", "down": ", largest {} first"}
+ORDERS = {"up": ", by rising {}", "down": ", by falling {}"}
 
 
 def make_pair(rng: random.Random, tables: dict) -> Pair:
