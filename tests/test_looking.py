@@ -15,6 +15,7 @@ import torch
 from matplotlib.colors import to_rgb
 
 import lora_bits
+import lora_chat
 import lora_show
 import lora_tasks
 import lora_utils
@@ -298,7 +299,7 @@ def test_figures_are_png_with_a_description_whatever_the_settings(backend, tmp_p
 # --- The module explains itself --------------------------------------------------------
 
 
-MODULES = [lora_utils, lora_tasks, lora_show, lora_bits]
+MODULES = [lora_utils, lora_tasks, lora_show, lora_bits, lora_chat]
 NAMED = [item for module in MODULES for item in vars(module).items()]
 PUBLIC = [thing for name, thing in NAMED if not name.startswith("_")]
 OURS = {module.__name__ for module in MODULES}
