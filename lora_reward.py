@@ -46,7 +46,7 @@ def reward_without(marked: torch.Tensor) -> Reward:
 
 
 def reward_in_turn(marked: torch.Tensor) -> Reward:
-    """Return a reward: 1 if marked tokens and others take turns, from the prompt's last token on."""
+    """Return a reward: 1 if marked tokens and others take turns, the prompt's last included."""
 
     def reward(prompts: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
         last = prompts[:, None, -1:].expand(-1, answers.shape[1], -1)
