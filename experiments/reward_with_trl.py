@@ -13,10 +13,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from datasets import Dataset  # noqa: E402
+
 from lora_chat import KNOWN_TABLES, SYSTEM, load_chat_model, make_pairs  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from peft import LoraConfig  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 QUERY = re.compile(r"(\w+) \| .+ -> \w+( sort \w+ (up|down))? ;")
 EXAMPLE = "books | author is Miller -> price sort year up ;"
