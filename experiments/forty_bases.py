@@ -1,6 +1,6 @@
 """What is forgotten on the way to a new task, on forty bases; write data/forty_bases.json.
 
-python experiments/forty_bases.py    about 30 CPU minutes; a run that finds the file goes on in it
+python experiments/forty_bases.py    about 25 CPU minutes; a run that finds the file goes on in it
 
 Each base is a RichBoyNet of another seed, pretrained as in notebook 3. From it rank 1, rank 8 and
 all weights walk: they train on nines until a quarter of the base's errors on 9 is left, and count

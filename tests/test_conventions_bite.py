@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from conventions import COLAB, NOTEBOOK_METADATA, REPOSITORY, RULES, Notebook, folding, reading
+from conventions import (
+    COLAB,
+    NOTEBOOK_METADATA,
+    REPOSITORY,
+    RULES,
+    Notebook,
+    claims,
+    folding,
+    reading,
+)
 
 BADGE = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/{REPOSITORY}/blob/main"
 OPENING = f"""\
@@ -55,7 +64,7 @@ def complaints(tmp_path):
     (folder / "deeper").mkdir(parents=True)
     for name in ("01_before", "03_after", "02_good", "deeper/02_more"):
         (folder / f"{name}.ipynb").write_text(json.dumps(good_notebook()), encoding="utf-8")
-    (tmp_path / "README.md").write_text("| [Good](notebooks/02_good.ipynb) |\n")
+    (tmp_path / "README.md").write_text("| [Good](notebooks/02_good.ipynb) | 1 | |\n")
     (tmp_path / "lora_show.py").write_text("def show_images():\n    show_figure('digits')\n")
 
     def apply(notebook, name="02_good"):
@@ -119,6 +128,8 @@ FAULTS = [
     ("figures", put("figure", outputs=[FIGURE[0] | {"metadata": {}}])),
     ("machine_paths", edit("exact", new='open("/tmp/x")')),
     ("machine_paths", put("exact", outputs=[{"data": {"text/plain": ["'/Users/me'"]}}])),
+    ("minutes", edit("opening", "1 minute", "7 minutes")),
+    ("readme", edit("opening", "1 minute", "2 minutes")),
     ("metadata", put("answer", metadata={"tags": ["solution"]})),
     ("metadata", put("exact", metadata={"collapsed": True})),
     ("metadata", put("exact", metadata={"tags": ["nbval-skip"]})),
@@ -141,10 +152,44 @@ def test_other_faults_are_reported(complaints, tmp_path):
 
 
 def test_each_rule_has_a_fault():
-    assert {rule for rule, _ in FAULTS} | {"readme"} == {rule.__name__ for rule in RULES}
+    assert {rule for rule, _ in FAULTS} == {rule.__name__ for rule in RULES}
 
 
 def test_what_is_folded_takes_no_time(tmp_path):
     (tmp_path / "02_good.ipynb").write_text(json.dumps(good_notebook()), encoding="utf-8")
     counts = reading(Notebook(tmp_path / "02_good.ipynb"))
     assert [counts[name] for name in ("cells", "code", "figures", "ticks")] == [5, 3, 1, 0]
+
+
+CLAIM = """Intro.
+
+## "It works."
+
+**Yes.** A quarter, 0.25.
+
+*Scope: one.*
+
+![](02_good.ipynb#figure)
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, fault",
+    [
+        ("", "", None),
+        ("0.25", "0.26", "0.26"),
+        ("0.25", "25 %", "25%"),
+        ("0.25", "4", "the number 4"),  # it stands in the code alone
+        ("Intro", "Intro 7", "before the first claim"),
+        ("#figure", "#exact", "no figure in a cell exact"),
+        ("02_good", "02_gone", "not one figure"),
+        ("![](02_good.ipynb#figure)\n", "", "not one figure"),
+        ("**Yes.**", "Yes.", "verdict"),
+        ("Yes.", "Yes, and here is a great deal more.", "verdict"),
+        ("*Scope: one.*", "", "scope"),
+    ],
+)
+def test_a_claim_holds_what_its_notebook_holds(tmp_path, old, new, fault):
+    (tmp_path / "02_good.ipynb").write_text(json.dumps(good_notebook()), encoding="utf-8")
+    found = list(claims(CLAIM.replace(old, new) if old else CLAIM, tmp_path))
+    assert len(found) == bool(fault) and (not fault or fault in found[0])

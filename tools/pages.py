@@ -27,6 +27,7 @@ sys.path += [str(ROOT), str(DOCS)]
 from conf import SITE  # noqa: E402
 from heads import meta  # noqa: E402
 
+from conventions import FIGURE, Notebook, figure_of, source  # noqa: E402
 from playground import inline, language, page  # noqa: E402
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -37,6 +38,7 @@ LANGUAGE = ROOT / "data" / "language_playground.safetensors"
 BADGE = re.compile(r"^\[!\[Open in Colab\].*\n+", flags=re.MULTILINE)  # the theme has a button
 NEIGHBOURS = re.compile(r"^(Previous|Next): \[.*\n*", flags=re.MULTILINE)  # and arrows
 PREDICT = re.compile(r"(?<=\n\n)(?=\*\*Predict)|\A(?=\*\*Predict)")
+HEADING = re.compile(r"(```.*?```)|^(#+ )", flags=re.DOTALL | re.MULTILINE)  # outside of code
 TITLE = re.compile(r"\A# @title (.*)\n")  # the first line of a folded cell
 MINUTES = re.compile(r"\*\*Reading time\*\* (\d+ minutes)")
 PART = re.compile(r"^\| \*\*\w+\*\* \| \*\*(.+?)\*\*")  # a row of the README's table
@@ -65,11 +67,13 @@ def prepare() -> None:
     shutil.copy(ROOT / "playground" / "icon.svg", SOURCE / "_static" / "favicon.svg")
     main = {path.stem: read(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     below: dict[str, list[str]] = {name: [] for name in main}
+    minutes = {}
     for path in sorted(NOTEBOOKS.glob("deeper/*.ipynb")):
         above = next(name for name in main if name[:2] == path.stem[:2])
         below[above].append(f"deeper/{path.stem}")
-        nbformat.write(read(path), SOURCE / "deeper" / path.name)
-    minutes = {}
+        notebook = read(path)
+        minutes[f"deeper/{path.stem}"] = MINUTES.search(notebook.cells[0].source)
+        nbformat.write(notebook, SOURCE / "deeper" / path.name)
     for name, notebook in main.items():
         minutes[name] = MINUTES.search(notebook.cells[0].source)
         if below[name]:
@@ -79,6 +83,7 @@ def prepare() -> None:
         nbformat.write(notebook, SOURCE / f"{name}.ipynb")
     with (SOURCE / "index.md").open("a", encoding="utf-8") as index:
         index.write(contents(below, minutes))
+    write_claims(SOURCE / "claims.md")
     write_tools(SOURCE / "extra")
     for file in metadata.files("sphinx-mathjax-offline"):  # of 24 MB the pages need 2
         path = str(file).partition("static/")[2]
@@ -91,16 +96,21 @@ def read(path: Path) -> nbformat.NotebookNode:
     """Return a notebook with the site's tags and marks."""
     notebook = nbformat.read(path, as_version=4)
     join_set_up(notebook)
+    leave_one_title(notebook)
     for cell in notebook.cells:
         adapt(cell)
     return notebook
 
 
 def lighten(folder: Path) -> None:
-    """Take out what the theme brings and no page needs. docs/_static/icons.css draws its icons."""
+    """Take out what the theme brings and no page needs. docs/_static/icons.css draws its icons.
+
+    The marks that unfold a list of deeper notebooks have no name in the theme: they get one.
+    """
     for path in folder.rglob("*.html"):
-        text = path.read_text(encoding="utf-8")
-        path.write_text(ICONS.sub("", text), encoding="utf-8", newline="\n")
+        text = ICONS.sub("", path.read_text(encoding="utf-8"))
+        text = text.replace("<summary><span", '<summary aria-label="Deeper notebooks"><span')
+        path.write_text(text, encoding="utf-8", newline="\n")
     static = folder / "_static"
     styles = static / "styles" / "pydata-sphinx-theme.css"
     styles.write_text(GLYPHS.sub("", styles.read_text(encoding="utf-8")), encoding="utf-8")
@@ -130,6 +140,36 @@ def write_tools(folder: Path) -> None:
         text = text.replace("<!-- meta -->", card).replace('id="home" hidden', 'id="home"')
         text = re.sub(r'href="(\d\d)\.html"', lambda n: f'href="{named(n[1])}.html"', text)
         (folder / f"{name}.html").write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_claims(path: Path) -> None:
+    """Complete the page of claims: a table of verdicts, and figures taken from the notebooks."""
+    text = path.read_text(encoding="utf-8")
+    rows = ["| people say | measured |", "|---|---|"]
+    for claim, verdict in re.findall(r"^## (.*)\n\n\*\*(.*?)\*\*", text, flags=re.MULTILINE):
+        rows.append(f"| [{claim}](#{slug(claim)}) | {verdict} |")
+    text = text.replace("<!-- verdicts -->", "\n".join(rows))
+    path.write_text(FIGURE.sub(lambda place: measured(*place.groups()), text), encoding="utf-8")
+
+
+def measured(name: str, cell: str) -> str:
+    """Markdown for the figure of a notebook's cell, and for the section where it was measured."""
+    notebook = Notebook(NOTEBOOKS / f"{name}.ipynb")
+    figure = figure_of(notebook, cell)
+    image = SOURCE / "claims" / f"{Path(name).name}-{cell}.png"
+    image.parent.mkdir(exist_ok=True)
+    image.write_bytes(base64.b64decode("".join(figure["data"]["image/png"])))
+    before = notebook.cells[: [one["id"] for one in notebook.cells].index(cell)]
+    texts = [source(one) for one in before if one["cell_type"] == "markdown"]
+    title, *_, section = re.findall(r"^##? (.*)", "\n".join(texts), flags=re.MULTILINE)
+    alt = re.sub(r"([\[\]*_`])", r"\\\1", figure["metadata"]["image/png"]["alt"])
+    link = f"[{title}: {section}]({name}.ipynb#{slug(section)})"
+    return f"![{alt}](claims/{image.name})\n\nMeasured in {link}"
+
+
+def slug(heading: str) -> str:
+    """The anchor that MyST gives to a heading: its words, without mathematics."""
+    return re.sub(r"\$.*?\$|[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def named(number: str) -> str:
@@ -168,7 +208,7 @@ def contents(below: dict[str, list[str]], minutes: dict[str, re.Match | None]) -
     """Markdown for the first page: all notebooks, in the parts that the README's table has.
 
     A notebook that the table lacks stands at the end of the part before it. `below` has the deeper
-    notebooks of each main one, `minutes` the time that it takes to read, where it says so.
+    notebooks of each main one, `minutes` the time that each takes to read, where it says so.
     """
     part_of, question_of, part = {}, {}, "The notebooks"
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
@@ -185,9 +225,9 @@ def contents(below: dict[str, list[str]], minutes: dict[str, re.Match | None]) -
         tree = "\n".join(names)
         text += f"\n```{{toctree}}\n:hidden:\n:caption: {part}\n\n{tree}\n```\n\n**{part}**\n\n"
         for name in names:
-            time = f" · {minutes[name][1]}" if minutes[name] else ""
-            text += f"- {{doc}}`{name}`{time}  \n  {question_of.get(name, '')}\n"
-            text += "".join(f"  - Deeper: {{doc}}`{deeper}`\n" for deeper in below[name])
+            time = {page: f" · {found[1]}" if found else "" for page, found in minutes.items()}
+            text += f"- {{doc}}`{name}`{time[name]}  \n  {question_of.get(name, '')}\n"
+            text += "".join(f"  - Deeper: {{doc}}`{page}`{time[page]}\n" for page in below[name])
     return text
 
 
@@ -198,6 +238,14 @@ def join_set_up(notebook: nbformat.NotebookNode) -> None:
     while rest and rest[0].id.startswith("imports"):
         first.source += f"\n\n{rest[0].source}"
         notebook.cells.remove(rest.pop(0))
+
+
+def leave_one_title(notebook: nbformat.NotebookNode) -> None:
+    """Where a notebook has acts with titles of their own, let all headings move down by one."""
+    texts = [cell for cell in notebook.cells[1:] if cell.cell_type == "markdown"]
+    if any(level == "# " for cell in texts for _, level in HEADING.findall(cell.source)):
+        for cell in texts:
+            cell.source = HEADING.sub(lambda found: found[1] or f"#{found[2]}", cell.source)
 
 
 def adapt(cell: nbformat.NotebookNode) -> None:

@@ -1,10 +1,10 @@
 """What the tests in a real browser share: headless Chromium, and pages that must stay clean."""
 
+import contextlib
 import functools
 import http.server
 import shutil
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import axe_playwright_python
@@ -37,7 +37,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@contextmanager
+@contextlib.contextmanager
 def serve(folder):
     """Serve a folder on this machine; give its address."""
     handler = functools.partial(Server, directory=folder)
@@ -47,7 +47,7 @@ def serve(folder):
         server.shutdown()
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_page(browser, address, **context):
     """A page that fails the test if it logs an error, lacks a file or asks another host."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | context)
@@ -106,3 +106,26 @@ def address(site):
     """Where it is served: below a folder, as on GitHub Pages."""
     with serve(site.parent) as address:
         yield f"{address}{site.name}/"
+
+
+@pytest.fixture(scope="session")
+def tools(tmp_path_factory):
+    """A folder with the pages to touch, as the site has them."""
+    folder = tmp_path_factory.mktemp("tools")
+    pages.write_tools(folder)
+    return folder
+
+
+@pytest.fixture
+def open_tool(browser, tools):
+    """A function that opens one of them, "memory" or "memory#batch=4", in a window of some size."""
+    with contextlib.ExitStack() as stack:
+
+        def open_tool(name, width=1280, height=900, **look):
+            look["viewport"] = {"width": width, "height": height}
+            page = stack.enter_context(open_page(browser, tools.as_uri(), **look))
+            name, mark, settings = name.partition("#")
+            page.goto(f"{tools.as_uri()}/{name}.html{mark}{settings}")
+            return page
+
+        yield open_tool

@@ -2,10 +2,10 @@
 
 import base64
 import json
-import random
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -51,12 +51,8 @@ def folders(tmp_path_factory, stored):
         settings = json.loads(file.metadata()["adapters"])
     for name, config in settings.items():
         (folder / name).mkdir()
-        weights = {
-            key.removeprefix(f"{name}/"): tensor
-            for key, tensor in stored.items()
-            if key.startswith(f"{name}/")
-        }
-        safetensors.torch.save_file(weights, folder / name / WEIGHTS_FILE)
+        mine = {k.partition("/")[2]: v for k, v in stored.items() if k.startswith(f"{name}/")}
+        safetensors.torch.save_file(mine, folder / name / WEIGHTS_FILE)
         (folder / name / CONFIG_FILE).write_text(json.dumps(config))
     return {name: folder / name for name in settings}
 
@@ -66,28 +62,9 @@ def mnist():
     return load_mnist(torch.device("cpu"))[2]
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory, mnist, stored, folders):
-    """A page written as notebook 4 writes it, and the base in it."""
-    base = pretrained_richboynet(torch.device("cpu"))
-    path = tmp_path_factory.mktemp("page") / "page.html"
-    playground.write_playground(path, base, folders, mnist, stored["digits/pixel_order"].long())
-    return path, base
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """The file of the page that the site shows."""
-    path = tmp_path_factory.mktemp("written") / "playground.html"
-    path.write_text(playground.page(pages.STORED.read_bytes()), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
-def page(browser, written):
-    with open_page(browser, written.as_uri()) as page:
-        page.goto(written.as_uri())
-        yield page
+def page(open_tool):
+    return open_tool("playground")
 
 
 @torch.no_grad()
@@ -121,11 +98,13 @@ def test_logits_are_those_of_pytorch_with_the_same_weights(page, stored, folders
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_float32(browser, fresh, stored, folders, mnist):
-    path, base = fresh
+def test_answers_are_those_of_float32(browser, tmp_path, stored, folders, mnist):
+    """On a page that is written as notebook 4 writes it."""
+    base, path = pretrained_richboynet(torch.device("cpu")), tmp_path / "page.html"
+    order, images = stored["digits/pixel_order"].long(), mnist.images[1000:1400]
+    playground.write_playground(path, base, folders, mnist, order)
     with open_page(browser, path.as_uri()) as page:
         page.goto(path.as_uri())
-        images, order = mnist.images[1000:1400], stored["digits/pixel_order"]
         unequal = differences(page, base, folders, images, order)[1]
         assert unequal <= 0.005 * len(images) * len(SETTINGS)
 
@@ -224,70 +203,57 @@ def test_takes_a_chosen_file(page, tmp_path):
     page.get_by_text("“yours” is a knob now").wait_for()
 
 
-def header(entries, numbers=b""):
-    text = json.dumps(entries).encode()
-    return len(text).to_bytes(8, "little") + text + numbers
-
-
 def bad_files(folder, mirrored):
-    good, weights = adapter_file(folder), (mirrored / WEIGHTS_FILE).read_bytes()
-    config = json.loads((mirrored / CONFIG_FILE).read_text())
-    broken = safetensors.torch.load(good)
-    half = {name: tensor.clone() for name, tensor in list(broken.items())[:1]}
-    number = torch.ones(2)
+    """Files by name, each with the words by which it is refused."""
+    save, good = safetensors.torch.save, adapter_file(folder)
     settings = {CONFIG_FILE: (folder / CONFIG_FILE).read_text()}
-    broken["base_model.model.fc1.lora_B.weight"][5, 1] = torch.nan
-    other = {name.replace("fc1", "fc9"): tensor for name, tensor in broken.items()}
-    dora = {"base_model.model.fc1.lora_magnitude_vector": torch.ones(1000)}
+    weights, config = (mirrored / WEIGHTS_FILE).read_bytes(), (mirrored / CONFIG_FILE).read_text()
+    narrow, number = adapter_file(folder, hidden=500), {"fc1.weight": torch.ones(2)}
+    tensors, dora = safetensors.torch.load(good), "base_model.model.fc1.lora_magnitude_vector"
+    half, nan = dict([*tensors.items()][:1]), {k: v * torch.nan for k, v in tensors.items()}
+    other = {name.replace("fc1", "fc9"): tensor for name, tensor in tensors.items()}
 
-    def with_config(**changes):
-        return (WEIGHTS_FILE, weights), (CONFIG_FILE, json.dumps(config | changes).encode())
+    def header(entries, numbers=b""):
+        text = json.dumps(entries).encode()
+        return len(text).to_bytes(8, "little") + text + numbers
 
-    def one(content):
-        return ((WEIGHTS_FILE, content),)
+    def changed(**changes):
+        return json.dumps(json.loads(config) | changes).encode()
 
-    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    entry = {"dtype": "I64", "shape": [1], "data_offsets": [0, 4]}
     return {
-        "cut": (one(good[:-1000]), "cut off"),
-        "cut in the header": (one(good[:100]), "cut off"),
-        "empty": (one(b""), "no safetensors file"),
-        "a picture": (one(b"\x89PNG\r\n\x1a\n" + bytes(1000)), "no safetensors file"),
-        "JSON that is no header": (one(header([1])), "no safetensors file"),
-        "longer": (one(good + b"1234"), "longer than its header says"),
-        "an entry without a place": (one(header({"a": {}})), "is damaged"),
-        "an odd type": (one(header({"a": entry | {"dtype": "I64"}}, bytes(4))), "type I64"),
-        "another network": (one(adapter_file(folder, hidden=500)), "500 × 3, not 1000 × 3"),
-        "other layers": (one(safetensors.torch.save(other, settings)), "no place for"),
-        "one factor": (one(safetensors.torch.save(half, settings)), "one of the two factors"),
-        "not a number": (one(safetensors.torch.save(broken, settings)), "NaN"),
-        "a base": (one(safetensors.torch.save({"fc1.weight": number}, settings)), "no place"),
-        "a base without settings": (
-            one(safetensors.torch.save({"fc1.weight": number})),
-            "no adapter",
-        ),
-        "another network without settings": (
-            one(bare(adapter_file(folder, hidden=500))),
-            "500 × 3",
-        ),
-        "DoRA without settings": (
-            one(safetensors.torch.save(safetensors.torch.load(good) | dora)),
-            "no place for",
-        ),
-        "settings alone": (((CONFIG_FILE, b"{}"),), "one file named"),
-        "settings that are not JSON": ((*one(weights), (CONFIG_FILE, b"{")), "is damaged"),
-        "other settings": ((*one(good), with_config()[1]), "not the one saved"),
-        "another rank": (with_config(r=4), "not 4 × 784"),
-        "no α": (with_config(lora_alpha=None), "must be positive"),
-        "DoRA": (with_config(use_dora=True), "use_dora"),
-        "not LoRA": (with_config(peft_type="IA3"), "does not describe a LoRA"),
+        "cut": (good[:-1000], None, "cut off"),
+        "cut in the header": (good[:100], None, "cut off"),
+        "empty": (b"", None, "no safetensors file"),
+        "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(1000), None, "no safetensors file"),
+        "JSON that is no header": (header([1]), None, "no safetensors file"),
+        "longer": (good + b"1234", None, "longer than its header says"),
+        "an entry without a place": (header({"a": {}}), None, "is damaged"),
+        "an odd type": (header({"a": entry}, bytes(4)), None, "type I64"),
+        "another network": (narrow, None, "500 × 3, not 1000 × 3"),
+        "other layers": (save(other, settings), None, "no place for"),
+        "one factor": (save(half, settings), None, "one of the two factors"),
+        "not a number": (save(nan, settings), None, "NaN"),
+        "a base": (save(number, settings), None, "no place"),
+        "a base without settings": (save(number), None, "no adapter"),
+        "another network without settings": (bare(narrow), None, "500 × 3"),
+        "DoRA without settings": (save(tensors | {dora: torch.ones(1000)}), None, "no place for"),
+        "settings alone": (None, b"{}", "one file named"),
+        "settings that are not JSON": (weights, b"{", "is damaged"),
+        "other settings": (good, config.encode(), "not the one saved"),
+        "another rank": (weights, changed(r=4), "not 4 × 784"),
+        "no α": (weights, changed(lora_alpha=None), "must be positive"),
+        "DoRA": (weights, changed(use_dora=True), "use_dora"),
+        "not LoRA": (weights, changed(peft_type="IA3"), "does not describe a LoRA"),
     }
 
 
 def test_refuses_bad_files_in_words_and_changes_nothing(page, tmp_path, folders):
     page.evaluate("turnAll({nines: 0.5})")
     before = read(page, "lora"), page.locator("#knobs").inner_text()
-    for name, (files, why) in bad_files(tmp_path, folders["mirrored"]).items():
-        said = drop(page, *files)
+    for name, (weights, config, why) in bad_files(tmp_path, folders["mirrored"]).items():
+        files = ((WEIGHTS_FILE, weights), (CONFIG_FILE, config))
+        said = drop(page, *(file for file in files if file[1] is not None))
         assert said.startswith("Not taken") and why in said, (name, said)
         assert (read(page, "lora"), page.locator("#knobs").inner_text()) == before, name
 
@@ -383,25 +349,21 @@ def test_a_drawn_digit_is_read_wherever_and_however_large(page, zoom, dx, dy):
     assert read(page, "base") == "1"
 
 
-PHONE = {"viewport": {"width": 390, "height": 664}, "has_touch": True, "is_mobile": True}
-
-
-def test_on_a_phone_the_answer_stands_beside_the_finger(browser, written):
-    with open_page(browser, written.as_uri(), **PHONE) as page:
-        page.goto(written.as_uri())
-        page.get_by_role("button", name="Clear").tap()
-        box, touch = page.locator("#paper").bounding_box(), page.context.new_cdp_session(page)
-        at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in SEVEN]
-        for i, (x, y) in enumerate(at):
-            event = {"type": "touchMove" if i else "touchStart", "touchPoints": [{"x": x, "y": y}]}
-            touch.send("Input.dispatchTouchEvent", event)
-        assert read(page, "base") == "7" and page.evaluate("scrollY") == 0  # the finger is down
-        for part in ("#says-base", "#says-lora", "#paper", "#knob-0"):
-            box = page.locator(part).bounding_box()
-            assert box["y"] >= 0 and box["y"] + box["height"] <= 664, part
-        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-        page.locator("#knobs .knob").last.scroll_into_view_if_needed()
-        assert page.locator("#says-lora").bounding_box()["y"] >= 0  # and beside the thumb
+def test_on_a_phone_the_answer_stands_beside_the_finger(open_tool):
+    page = open_tool("playground", 390, 664, has_touch=True, is_mobile=True)
+    page.get_by_role("button", name="Clear").tap()
+    box, touch = page.locator("#paper").bounding_box(), page.context.new_cdp_session(page)
+    at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in SEVEN]
+    for i, (x, y) in enumerate(at):
+        event = {"type": "touchMove" if i else "touchStart", "touchPoints": [{"x": x, "y": y}]}
+        touch.send("Input.dispatchTouchEvent", event)
+    assert read(page, "base") == "7" and page.evaluate("scrollY") == 0  # the finger is down
+    for part in ("#says-base", "#says-lora", "#paper", "#knob-0"):
+        box = page.locator(part).bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= 664, part
+    touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    page.locator("#knobs .knob").last.scroll_into_view_if_needed()
+    assert page.locator("#says-lora").bounding_box()["y"] >= 0  # and beside the thumb
 
 
 def test_the_keyboard_draws_and_turns_and_is_told_the_answer(page):
@@ -433,10 +395,10 @@ def test_the_keyboard_draws_and_turns_and_is_told_the_answer(page):
     assert len(set(buttons)) == len(buttons)
 
 
-def test_the_page_begins_with_a_misread_digit_and_one_knob(browser, written):
+def test_the_page_begins_with_a_misread_digit_and_one_knob(browser, tools, tmp_path):
     """Before the network has come: the story, the knob and the curve work; drawing does, too."""
+    written, early = tools / "playground.html", tmp_path / "early.html"
     text = written.read_text(encoding="utf-8")
-    early = written.with_name("early.html")
     early.write_text(text[: text.index('<script type="application/octet-stream"')])
     assert early.stat().st_size < 100_000  # within two seconds at 1.6 Mbit/s
     for path, is_early in ((early, True), (written, False)):
@@ -452,27 +414,13 @@ def test_the_page_begins_with_a_misread_digit_and_one_knob(browser, written):
                 page.keyboard.press("ArrowRight")
             assert (read(page, "base"), read(page, "lora")) == (alone, digit)
             assert f"With rotated it says {digit}" in page.inner_text("#story")
+            page.get_by_text(f" on {digit}").first.wait_for(state="attached")  # the curve in words
             assert page.locator("#loading").is_visible() == is_early
             if is_early:
                 page.evaluate("arrived(0.5)")
                 assert page.evaluate("document.getElementById('progress').value") == 0.5
                 stroke(page, *SEVEN)
                 assert read(page, "base") == "…" and page.evaluate("paper.strokes().length") == 1
-
-
-def test_a_dragged_knob_changes_the_answer(page):
-    page.get_by_role("button", name="On its side").click()
-    before, digit = read(page, "lora"), page.inner_text("#what").split("a ")[1][0]
-    assert before == read(page, "base") != digit
-    box = page.get_by_role("slider", name="rotated").bounding_box()
-    y = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + 12 + (box["width"] - 24) / 3, y)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 12 + (box["width"] - 24) * 2 / 3, y, steps=10)
-    page.mouse.up()
-    assert page.locator(".knob .value").first.inner_text() == "1.00"
-    assert read(page, "lora") == digit
-    page.get_by_text(f"on {digit}").wait_for()  # the curve's summary
 
 
 def test_an_old_curve_does_not_pass_for_the_new_one(page):
@@ -519,19 +467,7 @@ def test_each_example_shows_what_its_text_says(page):
 
 
 RING = [(8, 4), (6, 0), (2, 0), (0, 4), (2, 8), (6, 8), (8, 3)]
-OVAL = [
-    (5, 0),
-    (2, 1),
-    (0, 6),
-    (0, 10),
-    (2, 15),
-    (5, 16),
-    (8, 15),
-    (10, 10),
-    (10, 6),
-    (8, 1),
-    (5, 0),
-]
+OVAL = [(5, 0), (2, 1), (0, 6), (0, 10), (2, 15), (5, 16), (8, 15), (10, 10), (10, 6), (8, 1)]
 # What European children learn, drawn by hand here, in a box of 10 × 16.
 HANDS = {
     "1, short flag": (1, [[(4, 4), (6, 0), (6, 16)]]),
@@ -545,30 +481,23 @@ HANDS = {
     "9, little curl": (9, [[*RING, (9, 14), (7, 16), (5, 15)]]),
     "9, like a g": (9, [[*RING, (8, 13), (4, 16), (0, 14), (1, 12)]]),
     "9, straight": (9, [[*RING, (8, 16)]]),
-    "0, slashed": (0, [[*OVAL], [(9, 2), (1, 14)]]),
-    "0, slash sticks out": (0, [[*OVAL], [(11, -1), (-1, 17)]]),
-    "0, plain": (0, [[*OVAL]]),
+    "0, slashed": (0, [[*OVAL, OVAL[0]], [(9, 2), (1, 14)]]),
+    "0, slash sticks out": (0, [[*OVAL, OVAL[0]], [(11, -1), (-1, 17)]]),
+    "0, plain": (0, [[*OVAL, OVAL[0]]]),
 }
 
 
 def test_european_handwriting_is_read(page):
     """With the knob at 1: 98 % of forty variations of each, slanted, turned, wide, wobbling."""
-    rng, results = random.Random(7), {}
-    for name, (digit, strokes) in HANDS.items():
+    rng, results = np.random.default_rng(7), []
+    for digit, strokes in HANDS.values():
         drawn = []
         for _ in range(40):
-            slant, wide, turn = rng.gauss(0, 0.15), rng.uniform(0.7, 1.2), rng.gauss(0, 0.1)
-            wobble = [[(rng.gauss(0, 0.3), rng.gauss(0, 0.3)) for _ in line] for line in strokes]
-            drawn.append(
-                [
-                    [
-                        [(x + a) * wide - slant * y - turn * y, y + b + turn * x]
-                        for (x, y), (a, b) in zip(line, moves, strict=True)
-                    ]
-                    for line, moves in zip(strokes, wobble, strict=True)
-                ]
-            )
-        results[name] = page.evaluate(
+            slant, turn, wide = rng.normal(0, 0.15), rng.normal(0, 0.1), rng.uniform(0.7, 1.2)
+            move = np.array([[wide, turn], [-slant - turn, 1]])
+            wobbly = [line + rng.normal(0, 0.3, np.shape(line)) for line in strokes]
+            drawn.append([(line @ move).tolist() for line in wobbly])
+        found = page.evaluate(
             """([drawn, digit]) => [0, 1].map((strength) => drawn.filter((strokes) => {
               const { adapter } = knobs.find(({ name }) => name === "european");
               const x = standardise(rasterise(strokes), orders.upright);
@@ -576,20 +505,8 @@ def test_european_handwriting_is_read(page):
             }).length / drawn.length)""",
             [drawn, digit],
         )
-    print(results)
-    assert sum(after for _, after in results.values()) / len(results) >= 0.98
-    assert min(after for _, after in results.values()) >= 0.9
-    assert min(alone for alone, _ in results.values()) < 0.5  # it was worth an adapter
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_page_is_accessible_and_fits(page, theme, width):
-    page.set_viewport_size({"width": width, "height": 844})
-    page.emulate_media(color_scheme=theme)
-    page.evaluate("turnAll({rotated: 1, nines: -0.5})")
-    page.locator("#curve .here").wait_for(state="attached")
-    page.evaluate("tell('what is wrong', true)")
-    assert page.get_attribute("html", "data-theme") == theme
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert violations(page) == []
+        results.append(found)
+    print(dict(zip(HANDS, results, strict=True)))
+    alone, adapted = np.array(results).T
+    assert adapted.mean() >= 0.98 and adapted.min() >= 0.9
+    assert alone.min() < 0.5  # it was worth an adapter

@@ -1,7 +1,9 @@
 """Click through the site, as built just now and served from this machine."""
 
+import base64
 import json
 import re
+import shutil
 from urllib.parse import unquote, urldefrag, urljoin
 
 import nbformat
@@ -10,13 +12,15 @@ from conf import REPOSITORY, SITE
 
 import pages
 from conftest import open_page, serve, violations
+from conventions import FIGURE, Notebook, figure_of
 
 FILES = sorted(pages.NOTEBOOKS.glob("*.ipynb")) + sorted(pages.NOTEBOOKS.glob("deeper/*.ipynb"))
 NOTEBOOKS = {path.relative_to(pages.NOTEBOOKS).with_suffix("").as_posix(): path for path in FILES}
 MAIN = [name for name in NOTEBOOKS if "/" not in name]
-PAGES = ["index", "search", "play", *NOTEBOOKS]
+PAGES = ["index", "search", "play", "claims", *NOTEBOOKS]
 TOOLS = ["language", "playground", "rank", "memory", "404"]
-SOME_SLOW = ["index", *MAIN[:1], *(pytest.param(n, marks=pytest.mark.slow) for n in MAIN[1:])]
+WIDTHS = [("index", 1280), ("claims", 1280), ("index", 390), ("claims", 390), (MAIN[0], 390)]
+WIDTHS += [pytest.param(name, 390, marks=pytest.mark.slow) for name in MAIN[1:]]
 
 
 @pytest.fixture
@@ -102,15 +106,35 @@ def test_nothing_is_cut_off(page, address, name):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("name", SOME_SLOW)
-def test_fits_a_phone_and_is_accessible(page, address, name, theme):
+@pytest.mark.parametrize("name, width", WIDTHS)
+def test_fits_a_phone_and_is_accessible(page, address, name, width, theme):
     page.emulate_media(color_scheme=theme)
-    page.set_viewport_size({"width": 390, "height": 844})
+    page.set_viewport_size({"width": width, "height": 844})
     go(page, address, name)
     assert page.get_attribute("html", "data-theme") == theme
     open_folds(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert violations(page) == []
+
+
+def test_each_claim_shows_what_a_notebook_stored(page, address, site):
+    """A table of verdicts that leads to each claim; its figure, and the place where it was made."""
+    text = (pages.DOCS / "claims.md").read_text(encoding="utf-8")
+    claims = re.findall(r"^## (.*)\n\n\*\*(.*?)\*\*", text, flags=re.MULTILINE)
+    go(page, address, "claims")
+    rows = page.locator("article table tbody tr").evaluate_all(
+        "all => all.map((row) => [...row.cells].map((c) => c.innerText.replace(/[“”]/g, '\"')))"
+    )
+    assert rows == [[*claim] for claim in claims] and len(rows) >= 12
+    stored = [figure_of(Notebook(NOTEBOOKS[n]), cell) for n, cell in FIGURE.findall(text)]
+    shown = page.locator("article section section img").evaluate_all("all => all.map((i) => i.alt)")
+    assert shown == [figure["metadata"]["image/png"]["alt"] for figure in stored]
+    images = [path.read_bytes() for path in site.glob("_images/*-*.png")]
+    for figure in stored:
+        assert base64.b64decode("".join(figure["data"]["image/png"])) in images
+    page.locator("article table a").last.click()
+    page.wait_for_function("location.hash.length > 1")
+    assert 0 <= page.locator("article h2").last.bounding_box()["y"] < 900
 
 
 def test_the_site_is_light(page, address, site):
@@ -137,7 +161,7 @@ def test_the_site_is_light(page, address, site):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_folds(page, address, name):
-    """What answers a "Predict." is folded, nothing else is called a guess; clicks open all."""
+    """What answers a "Predict." is folded, and nothing else is called a guess."""
     go(page, address, name)
     texts = ["".join(c["source"]) for c in cells(name) if c["cell_type"] == "markdown"]
     predicts = sum(len(re.findall(r"(?:\A|\n\n)\*\*Predict", text)) for text in texts)
@@ -147,16 +171,7 @@ def test_folds(page, address, name):
     for tag, kind in (("solution", ""), ("promises", ""), ("folded", ".above-input")):
         tagged = [cell for cell in cells(name) if tag in cell["metadata"].get("tags", [])]
         assert page.locator(f".tag_{tag} > details{kind}").count() == len(tagged)
-    folds = page.locator("article details")
-    assert folds.evaluate_all("all => all.every((fold) => !fold.open)")
-    for fold in folds.all():
-        fold.locator(":scope > summary").click()
-        assert fold.locator(":scope > :not(summary)").first.is_visible()
-    if folds.count() > 1:
-        page.get_by_role("button", name="Shut all folds", exact=True).or_(
-            page.get_by_role("button", name="Open all folds")
-        ).click()
-    assert page.locator(".tag_answer:visible").count() in (0, page.locator(".tag_answer").count())
+    assert page.locator("article details[open]").count() == 0
 
 
 SETUP = "import sys\nfrom pathlib import Path"
@@ -196,7 +211,7 @@ def small(tmp_path_factory):
     long = "\n\n".join(f"Line {i} of many words that say nothing." for i in range(60))
     write_notebook(
         *(folder / "notebooks" / "01_one.ipynb", "One", 25),
-        text("## First\n\nA question.\n\n**Predict.** Will it merge?"),
+        text("# First act\n\nA question.\n\n**Predict.** Will it merge?"),
         ("guess", "print('it merges')", "answer"),
         text(f"Now a verdict.\n\n{long}\n\n## Second\n\n{long}"),
         text("<details><summary>How sure is this?</summary>\n\nVery adapters.\n\n</details>"),
@@ -206,9 +221,12 @@ def small(tmp_path_factory):
     )
     write_notebook(folder / "notebooks" / "02_two.ipynb", "Two", 20)
     write_notebook(folder / "notebooks" / "deeper" / "01_roots.ipynb", "Roots", 12)
+    shutil.copytree(pages.DOCS, folder / "docs")
+    (folder / "docs" / "claims.md").write_text("---\norphan: true\n---\n\n# No claims\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pages, "NOTEBOOKS", folder / "notebooks")
         patch.setattr(pages, "SOURCE", folder / "source")
+        patch.setattr(pages, "DOCS", folder / "docs")
         assert pages.build(folder / "lora-notebooks") == 0
     with serve(folder) as address:
         yield f"{address}lora-notebooks/"
@@ -244,7 +262,9 @@ def test_deeper_notebooks_stand_below_their_main_one(little, small):
     go(little, small, "index")
     item = little.locator("article li", has=little.locator("a[href='01_one.html']"))
     assert "One · 25 minutes" in item.inner_text()
-    assert item.locator("a[href='deeper/01_roots.html']").inner_text() == "Roots"
+    assert item.locator("li").inner_text() == "Deeper: Roots · 12 minutes"
+    go(little, small, "01_one")
+    assert little.locator("main h1:visible").count() == 1  # although its act has one, too
     nav = little.locator(".bd-docs-nav li.toctree-l1", has_text="One")
     assert nav.locator("li.toctree-l2 a").get_attribute("href") == "deeper/01_roots.html"
     ways = {"index": (None, "01_one"), "01_one": ("index", "02_two"), "02_two": ("01_one", None)}
@@ -324,8 +344,10 @@ def test_first_page_fits_one_screen(page, address):
         page.goto(f"{address}index.html")
         box = page.locator("article img").bounding_box()
         assert box["y"] + part * box["height"] <= height
-    for name in MAIN:
-        assert page.locator(f"article li a[href^='{name}']").is_visible()
+    for name in NOTEBOOKS:
+        assert page.locator(f"article li a.reference[href^='{name}']").is_visible()
+        level = ".toctree-l2" if "/" in name else ".toctree-l1"
+        assert page.locator(f".bd-docs-nav li{level} > a[href^='{name}']").count() == 1, name
 
 
 def test_copy_buttons_show_on_touch(browser, address):

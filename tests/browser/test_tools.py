@@ -1,11 +1,11 @@
 """The pages beside the playground compute what real models, real steps and NumPy say."""
 
 import base64
-import contextlib
 import json
 import math
 import re
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -14,58 +14,20 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 import pages
-from conftest import open_page, violations
-from lora_tasks import RichBoyNet, byte_count, kept_for_backward
+from conftest import violations
+from lora_tasks import DATA, RichBoyNet, byte_count, kept_for_backward
 from lora_utils import add_lora, count_parameters
-
-PAGES = ["memory", "rank"]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A folder with all pages to touch, as the site has them."""
-    folder = tmp_path_factory.mktemp("tools")
-    pages.write_tools(folder)
-    return folder
-
-
-@pytest.fixture
-def open_tool(browser, written):
-    """Open a page by its name, in a window of some size and theme."""
-    with contextlib.ExitStack() as stack:
-
-        def open_tool(name, width=1280, theme="light", height=900):
-            look = {"viewport": {"width": width, "height": height}, "color_scheme": theme}
-            page = stack.enter_context(open_page(browser, written.as_uri(), **look))
-            address, _, settings = name.partition("#")
-            page.goto(f"{(written / f'{address}.html').as_uri()}#{settings}")
-            return page
-
-        yield open_tool
-
 
 # The memory calculator: formulas
 
+NOTEBOOK_6 = "notebooks/06_what_lora_saves.ipynb"
+ROW = r"(.*), batch (\d+)(, 4 bits)? +(.*?) *"  # a line of its table
+
 PARTS = ["weights", "gradients", "optimizer", "activations", "peak"]
-SETTINGS = {
-    "rank": 8,
-    "targets": ["fc1", "fc2", "fc3"],
-    "recipe": "32 bits",
-    "format": "as in training",
-    "optimizer": "Adam",
-    "adapters": 2,
-    "batch": 64,
-    "tokens": 64,
-}
-LAYERS = {
-    "query": "q_proj",
-    "key": "k_proj",
-    "value": "v_proj",
-    "output": "o_proj",
-    "gate": "gate_proj",
-    "up": "up_proj",
-    "down": "down_proj",
-}
+SETTINGS = dict(rank=8, targets=["fc1", "fc2", "fc3"], recipe="32 bits", format="as in training")
+SETTINGS |= dict(optimizer="Adam", adapters=2, batch=64, tokens=64)
+LAYERS = {name: f"{name[0]}_proj" for name in ("query", "key", "value", "output")}
+LAYERS |= {name: f"{name}_proj" for name in ("gate", "up", "down")}
 
 
 def bill(page, model, **settings):
@@ -128,35 +90,23 @@ def test_four_bits_cost_what_bitsandbytes_takes(open_tool):
         packed, state = quantize(weight, blocksize=64, compress_statistics=rounds, quant_type="nf4")
         held = [packed, state.absmax] + ([state.state2.absmax, state.offset] if rounds else [])
         [form] = page.evaluate("n => Object.keys(FORMATS).filter((f) => f.startsWith(n))", name)
-        assert page.evaluate("([f, n]) => FORMATS[f](n)", [form, weight.numel()]) == byte_count(
-            held
-        )
+        ours = page.evaluate("([f, n]) => FORMATS[f](n)", [form, weight.numel()])
+        assert ours == byte_count(held), name
 
 
-def llama(vocabulary, layers, width, heads, groups, mlp, kind=LlamaConfig, **more):
-    return kind(
-        vocab_size=vocabulary,
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        intermediate_size=mlp,
-        **more,
-    )
+def llama(*shape, kind=LlamaConfig, **more):
+    names = "vocab_size num_hidden_layers hidden_size num_attention_heads num_key_value_heads"
+    return kind(**dict(zip([*names.split(), "intermediate_size"], shape, strict=True)), **more)
 
 
+TIED = {"tie_word_embeddings": True}
+QWEN3 = {"kind": Qwen3Config, "head_dim": 128} | TIED
 PUBLISHED = {  # as their configurations have them, and how many numbers that makes
-    "SmolLM2 135M": (llama(49152, 30, 576, 9, 3, 1536, tie_word_embeddings=True), 134_515_008),
-    "Llama 3.2 1B": (
-        llama(128256, 16, 2048, 32, 8, 8192, tie_word_embeddings=True),
-        1_235_814_400,
-    ),
-    "Qwen 3 4B": (
-        llama(151936, 36, 2560, 32, 8, 9728, Qwen3Config, head_dim=128, tie_word_embeddings=True),
-        4_022_468_096,
-    ),
+    "SmolLM2 135M": (llama(49152, 30, 576, 9, 3, 1536, **TIED), 134_515_008),
+    "Llama 3.2 1B": (llama(128256, 16, 2048, 32, 8, 8192, **TIED), 1_235_814_400),
+    "Qwen 3 4B": (llama(151936, 36, 2560, 32, 8, 9728, **QWEN3), 4_022_468_096),
     "Mistral 7B (v0.3)": (llama(32768, 32, 4096, 32, 8, 14336), 7_248_023_552),
-    "Qwen 2.5 7B": (llama(152064, 28, 3584, 28, 4, 18944, Qwen2Config), 7_615_616_512),
+    "Qwen 2.5 7B": (llama(152064, 28, 3584, 28, 4, 18944, kind=Qwen2Config), 7_615_616_512),
     "Llama 3.1 8B": (llama(128256, 32, 4096, 32, 8, 14336), 8_030_261_248),
     "Llama 3.1 70B": (llama(128256, 80, 8192, 64, 8, 28672), 70_553_706_496),
     "Llama 2 7B": (llama(32000, 32, 4096, 32, 32, 11008), 6_738_415_616),
@@ -178,22 +128,18 @@ def test_models_are_counted_as_transformers_builds_them(open_tool):
         assert found["total"] == published, name
         if name != "GPT-2 medium":
             learns = [p for p in model.parameters() if p.requires_grad]
-            assert count_parameters(model).total - byte_count(learns) / 4 == published
-            assert found["trained"] == byte_count(learns) / 4
+            total, trained = count_parameters(model)
+            assert total - trained == published
+            assert found["trained"] == trained
             assert found["lora"]["optimizer"] == 8 * found["trained"] + 4 * len(learns)
             assert found["full"]["optimizer"] == 8 * published + 4 * tensors
-
-
-def measured():
-    path = pages.ROOT / "data" / "measured_bytes.json"
-    return json.loads(path.read_text(encoding="utf-8"))["results"]
 
 
 def test_steps_cost_what_was_measured(open_tool):
     """Kept bytes within 1 %, peaks within 3 %: of real steps on SmolLM2's shape."""
     page, ways = open_tool("memory"), {"query and value": ["query", "value"]}
     shape = page.evaluate("MODELS['SmolLM2 135M']")
-    rows = measured()
+    rows = json.loads((DATA / "measured_bytes.json").read_text(encoding="utf-8"))["results"]
     assert {row["precision"] for row in rows} == {"float32", "bfloat16"} and len(rows) == 18
     for row in rows:
         kept = 0 if row["checkpointing"] else {"sdpa": 1, "eager": 2}[row["attention"]]
@@ -215,6 +161,28 @@ def test_steps_cost_what_was_measured(open_tool):
             assert peak == pytest.approx(row["peak"], rel=0.03), row
 
 
+def test_notebook_6_gives_the_same_bills(open_tool):
+    """Its stored table, to the last digit that it prints; the adapter is 16 bytes a number."""
+    page, cells = open_tool("memory"), nbformat.read(pages.ROOT / NOTEBOOK_6, 4).cells
+    [table] = (cell.outputs[0].text for cell in cells if cell.id == "fits-run")
+    lines = table.splitlines()[1:]
+    assert len(lines) == 6
+    for line in lines:
+        name, batch, bits, *theirs = re.fullmatch(ROW, line).groups()
+        stored = "4.5 bits (NF4, scales as they are)" if bits else "as in training"
+        found = bill(
+            *(page, name),
+            **{"rank": 16, "adapters": 4, "targets": list(LAYERS), "recipe": "16 bits"},
+            **{"batch": int(batch), "tokens": 2048, "format": stored},
+        )
+        adapter, ours = 16 * found["trained"], found["lora"]
+        ours = [
+            *(ours["weights"] - adapter / 4, adapter, ours["activations"], ours["peak"]),
+            sum(ours[part] for part in PARTS),
+        ]
+        assert [f"{size / 1e9:.1f}" for size in ours] == theirs[0].split(), line
+
+
 def test_pefts_adapters_in_32_bits_keep_their_inputs(open_tool):
     """Over a model in 16 bits: a copy of its input for each adapted layer."""
     from peft import LoraConfig, get_peft_model
@@ -222,15 +190,14 @@ def test_pefts_adapters_in_32_bits_keep_their_inputs(open_tool):
     page, shape = open_tool("memory"), {"width": 128, "heads": 4, "head": 32, "groups": 2}
     shape |= {"kind": "Llama", "layers": 2, "mlp": 384, "vocabulary": 64, "tied": True}
     for names in (["query", "value"], list(LAYERS)):
-        config = llama(64, 2, 128, 4, 2, 384, tie_word_embeddings=True)
+        config = llama(64, 2, 128, 4, 2, 384, **TIED)
         model = AutoModelForCausalLM.from_config(config).bfloat16()
         model = get_peft_model(model, LoraConfig(r=8, target_modules=[LAYERS[n] for n in names]))
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         ids = torch.randint(64, (1, 512))
         kept = kept_bytes(model, lambda m=model, i=ids: m(input_ids=i, use_cache=False).logits)
-        found = bill(
-            page, shape, recipe="16 bits", adapters=4, targets=names, kept=1, batch=1, tokens=512
-        )
+        sizes = {"adapters": 4, "kept": 1, "batch": 1, "tokens": 512}
+        found = bill(page, shape, recipe="16 bits", targets=names, **sizes)
         assert found["lora"]["activations"] == pytest.approx(kept, rel=0.04), names
 
 
@@ -314,9 +281,8 @@ def test_own_numbers_say_what_is_wrong_and_stay_in_the_address(open_tool):
     own = page.inner_text("#says")
     assert page.inner_text("#message") == "" and f"{134_515_008 + 3_540_096 + 49152 * 576:,}" in own
     again = open_tool(f"memory#{page.evaluate('location.hash.slice(1)')}")
-    assert again.inner_text("#says") == own and again.inner_text("#bars") == page.inner_text(
-        "#bars"
-    )
+    assert again.inner_text("#says") == own
+    assert again.inner_text("#bars") == page.inner_text("#bars")
     odd = open_tool("memory#model=Nothing&batch=x&targets=none&rank=99")
     assert "fits" in odd.inner_text("#verdict") or odd.inner_text("#message")
 
@@ -396,18 +362,30 @@ def test_the_slider_shows_numbers_and_errors(open_tool, photo, truncated):
     assert f"beyond rank {math.floor(600 * 512 / (600 + 512))}" in page.inner_text("#says")
 
 
-# Both
+# All four
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", PAGES)
-def test_tools_are_accessible_and_fit(open_tool, name, width, theme):
-    page = open_tool(name, width, theme)
+def make_busy(page, name):
+    """Let a page show all that it can show."""
     if name == "memory":
         page.get_by_text("The model’s shape").click()
         page.locator("#layers").fill("0")
         assert page.inner_text("#message")
+    elif name == "playground":
+        page.evaluate("turnAll({rotated: 1, nines: -0.5})")
+        page.locator("#curve .here").wait_for(state="attached")
+        page.evaluate("tell('what is wrong', true)")
+    elif name == "language":
+        for kind in ("gain", "harder"):
+            page.locator(f"#tokens .{kind}").first.wait_for()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", ["language", "playground", "memory", "rank"])
+def test_tools_are_accessible_and_fit(open_tool, name, width, theme):
+    page = open_tool(name, width, 844, color_scheme=theme)
+    make_busy(page, name)
     assert page.get_attribute("html", "data-theme") == theme
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert violations(page) == []

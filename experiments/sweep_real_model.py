@@ -1,0 +1,201 @@
+"""What matters when a chat model learns a query language? The results that notebook 8 shows.
+
+python experiments/sweep_real_model.py            writes data/real_model.json, or goes on with it
+python experiments/sweep_real_model.py SECONDS    begins nothing new after so many CPU seconds
+
+The seed CHOICE chooses each method's rate, by the loss on the answers of validation questions. The
+seeds RESULTS took no part in that: each has 2,000 training pairs, batches and 40 test questions of
+its own, on tables that training never sees. Under one seed all methods see the same batches. The
+notebook's own training (LONG) is tried on five seeds. What matters is compared on three, after a
+shorter training (SHORT), where methods differ more.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from experiments.stored import DATA, store  # noqa: E402
+from lora_chat import (  # noqa: E402
+    CHAT_MODEL,
+    KNOWN_TABLES,
+    UNKNOWN_TABLES,
+    answer,
+    answer_loss,
+    chat_prompt,
+    draw_batches,
+    load_chat_model,
+    make_batch,
+    make_pairs,
+    train_on_batches,
+)
+from lora_tasks import ATTENTION, MLP  # noqa: E402
+from lora_utils import add_lora  # noqa: E402
+
+NAME = "real_model.json"
+LONG, SHORT, SIZE = 48, 20, 4  # steps, pairs a step
+CHOICE, RESULTS = 0, (101, 102, 103, 104, 105)
+LINEAR = ATTENTION + MLP
+# Rank, targets and rates to try; α is twice the rank; full: all weights, no LoRA.
+METHODS = {
+    "r = 8": (8, LINEAR, (2e-3,)),
+    "full": (None, None, (1e-4, 3e-4)),
+    "r = 1": (1, LINEAR, (4e-3, 8e-3)),
+    "q, v": (8, ["q_proj", "v_proj"], (4e-3, 8e-3)),
+}
+LABELS = ("whole text", "no end token", "padding")  # r = 8 with labels as nobody wants them
+
+DESCRIPTION = """Translate the question into a query of this form:
+table | conditions -> column ;
+A condition is: column is WORD, column over NUMBER or column under NUMBER. Join two with &.
+If an order is asked for, write sort column up or sort column down before the ;
+Answer with the query alone."""
+PROMPTS = {  # what is said before the question, and how many examples
+    "the question alone": (False, 0),
+    "the language described": (True, 0),
+    "4 examples": (False, 4),
+    "described, 16 examples": (True, 16),
+}
+
+
+def training_pairs(seed: int, count: int = 2000) -> list:
+    return make_pairs(count, KNOWN_TABLES, 1000 + seed)
+
+
+def test_pairs(seed: int, count: int = 40) -> list:
+    return make_pairs(count, UNKNOWN_TABLES, 2000 + seed)
+
+
+def relabel(batch: dict, how: str | None) -> dict:
+    """Return the batch with other labels."""
+    tokens, labels = batch["input_ids"], batch["labels"].clone()
+    if how == "whole text":
+        labels = tokens.masked_fill(batch["attention_mask"] == 0, -100)
+    elif how == "no end token":
+        labels[:, -1] = -100
+    elif how == "padding":
+        labels = labels.where(batch["attention_mask"] == 1, tokens)
+    return batch | {"labels": labels}
+
+
+def adapt(
+    method: str,
+    rate: float,
+    seed: int,
+    steps: int = SHORT,
+    count: int = 2000,
+    labels: str | None = None,
+):
+    """Return the model, trained, and its tokenizer."""
+    model, tokenizer = load_chat_model()
+    torch.manual_seed(seed)
+    rank, targets, _ = METHODS[method]
+    if rank:
+        add_lora(model, rank, 2 * rank, targets)
+    batches = draw_batches(tokenizer, training_pairs(seed, count), steps, SIZE, seed)
+    train_on_batches(model, [relabel(batch, labels) for batch in batches], rate)
+    return model, tokenizer
+
+
+def measure(model, tokenizer, pairs: list, **prompt) -> dict:
+    """Return the share of exact matches, and what an answer costs in tokens and CPU seconds."""
+    prompts = [chat_prompt(tokenizer, question, **prompt) for question, _ in pairs]
+    start = time.process_time()
+    written = answer(model, tokenizer, prompts)
+    seconds = (time.process_time() - start) / len(pairs)
+    right = sum(text == query for text, (_, query) in zip(written, pairs, strict=True))
+    tokens = sum(len(tokenizer(prompt).input_ids) for prompt in prompts) / len(pairs)
+    wrong = [[q, w] for w, (_, q) in zip(written, pairs, strict=True) if w != q]
+    stopped = sum(text.count(";") == 1 and text.endswith(";") for text in written)
+    return {
+        "right": round(right / len(pairs), 4),
+        "stopped": round(stopped / len(pairs), 4),
+        "tokens": round(tokens),
+        "seconds": round(seconds, 2),
+        "wrong": wrong[:6],  # what was wanted, what was written
+    }
+
+
+def validation_loss(model, tokenizer) -> dict:
+    pairs = make_pairs(40, UNKNOWN_TABLES, 3000)
+    with torch.no_grad():
+        return {"loss": round(answer_loss(model, make_batch(tokenizer, pairs)).item(), 4)}
+
+
+def best_rate(found: dict, method: str) -> float:
+    rates = METHODS[method][2]
+    if len(rates) == 1:
+        return rates[0]
+    losses = {rate: found[f"choice / {method} / {rate:g}"]["loss"] for rate in rates}
+    return min(losses, key=losses.get)
+
+
+def jobs(found: dict):
+    """Yield the name of each measurement, and the function that makes it, in order of worth."""
+
+    def choose(method):
+        rates = METHODS[method][2]
+        for rate in rates if len(rates) > 1 else ():
+            yield (
+                f"choice / {method} / {rate:g}",
+                lambda rate=rate: validation_loss(*adapt(method, rate, CHOICE)),
+            )
+
+    def result(name, method, seeds, **change):
+        rate = best_rate(found, method)
+        for seed in seeds:
+            yield (
+                f"result / {name} / {seed}",
+                lambda seed=seed: measure(*adapt(method, rate, seed, **change), test_pairs(seed)),
+            )
+
+    def prompting(name, count):
+        described, examples = PROMPTS[name]
+        system = {"system": DESCRIPTION} if described else {}
+        for seed in RESULTS[:count]:
+            shown = training_pairs(seed, examples)
+            yield (
+                f"prompt / {name} / {seed}",
+                lambda seed=seed, shown=shown: measure(
+                    *load_chat_model(), test_pairs(seed, 8), examples=shown, **system
+                ),
+            )
+
+    for name in PROMPTS:
+        yield from prompting(name, 1)
+    yield from result("notebook", "r = 8", RESULTS[:3], steps=LONG)
+    yield from result("r = 8", "r = 8", RESULTS[:3])
+    yield from choose("r = 1")
+    yield from result("r = 1", "r = 1", RESULTS[:3])
+    yield from result("30 examples", "r = 8", RESULTS[:3], count=30)
+    yield from result("notebook", "r = 8", RESULTS, steps=LONG)
+    for method in ("full", "q, v"):
+        yield from choose(method)
+        yield from result(method, method, RESULTS[:3])
+    for labels in LABELS:
+        yield from result(labels, "r = 8", RESULTS[:1], labels=labels)
+
+
+def main(most: float) -> None:
+    torch.set_num_threads(1)  # sums in one order
+    found, before = {}, 0
+    if (DATA / NAME).exists():
+        stored = json.loads((DATA / NAME).read_text(encoding="utf-8"))
+        found, before = stored["results"], stored["made"]["seconds"]
+    for name, make in jobs(found):
+        if name in found:
+            continue
+        if time.process_time() > most:
+            return print("to be gone on with at", name)
+        found[name] = make()
+        print(name, found[name], flush=True)
+        facts = {"model": CHAT_MODEL, "steps": [LONG, SHORT], "pairs a step": SIZE}
+        store(NAME, found, before + time.process_time(), **facts)
+    print("all is done")
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else float("inf"))
