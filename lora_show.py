@@ -143,6 +143,7 @@ COLORS = {
     # Codes of numbers in few bits, and the weights that they stand for
     "NF4": "#d55e00",
     "int4": "#2b3f8c",  # even steps
+    "asymmetric": "#800000",  # even steps with a zero point
     "FP4": "#bf6fb4",
     "Lloyd–Max": "#17766b",
     "weights": "#d2cfc4",

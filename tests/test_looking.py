@@ -195,7 +195,7 @@ TOGETHER = [  # what may meet in one figure
     "base, full, last layer, biases, r1, r4, r8, r64, theory",
     "base, gradients, optimizer, activations, logits",
     "forward, backward, gradients, r8",
-    "NF4, int4, FP4, Lloyd–Max, theory, weights, base",
+    "NF4, int4, asymmetric, FP4, Lloyd–Max, theory, weights, base",
     "joint, factors, TIES, r4, r8, base",
     "random, r4, theory",
     "13 numbers, kept answers, ban, biases, r1, r4, full, base, theory",
