@@ -36,7 +36,7 @@ from lora_tasks import ATTENTION, MLP  # noqa: E402
 from lora_utils import add_lora  # noqa: E402
 
 NAME = "real_model.json"
-LONG, SHORT, SIZE = 48, 20, 4  # steps, pairs a step
+LONG, SHORT, SIZE = 32, 20, 4  # steps, pairs a step
 CHOICE, RESULTS = 0, (101, 102, 103, 104, 105)
 LINEAR = ATTENTION + MLP
 # Rank, targets and rates to try; α is twice the rank; full: all weights, no LoRA.
@@ -164,14 +164,13 @@ def jobs(found: dict):
                 ),
             )
 
+    yield from result("notebook", "r = 8", RESULTS, steps=LONG)
     for name in PROMPTS:
         yield from prompting(name, 1)
-    yield from result("notebook", "r = 8", RESULTS[:3], steps=LONG)
     yield from result("r = 8", "r = 8", RESULTS[:3])
     yield from choose("r = 1")
     yield from result("r = 1", "r = 1", RESULTS[:3])
     yield from result("30 examples", "r = 8", RESULTS[:3], count=30)
-    yield from result("notebook", "r = 8", RESULTS, steps=LONG)
     for method in ("full", "q, v"):
         yield from choose(method)
         yield from result(method, method, RESULTS[:3])
