@@ -13,7 +13,9 @@ three.
 import copy
 import functools
 import json
+import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from lora_chat import (  # noqa: E402
     CHAT_MODEL,
     DESCRIPTION,
     KNOWN_TABLES,
+    SYSTEM,
     UNKNOWN_TABLES,
     answer,
     answer_loss,
@@ -99,6 +102,43 @@ def adapt(method: str, rate: float, seed: int, count: int = 2000, labels: str | 
     return model, tokenizer
 
 
+def adapt_with_trl(seed: int):
+    """Return the model that TRL and PEFT train on the pairs that r = 8 sees, and its tokenizer."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = copy.deepcopy(base()[0]), base()[1]
+    rng = random.Random(seed)  # as draw_batches does
+    rows = []
+    for question, query in rng.sample(training_pairs(seed), 2000)[: STEPS * SIZE]:
+        prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        completion = [{"role": "assistant", "content": query}]
+        rows.append({"prompt": prompt, "completion": completion})
+    with tempfile.TemporaryDirectory() as folder:
+        settings = SFTConfig(
+            output_dir=folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=SIZE,
+            learning_rate=2e-3,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=settings,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+        )
+        trainer.train()
+    return trainer.model.eval(), tokenizer
+
+
 def measure(model, tokenizer, pairs: list, **prompt) -> dict:
     """Return the share of exact matches, and what an answer costs in tokens and CPU seconds."""
     prompts = [chat_prompt(tokenizer, question, **prompt) for question, _ in pairs]
@@ -170,6 +210,11 @@ def jobs(found: dict):
     for method in ("r = 1", "full", "q, v"):
         yield from choose(method)
         yield from result(method, method, RESULTS[:3])
+    for seed in RESULTS[:3]:
+        yield (
+            f"result / TRL and PEFT / {seed}",
+            lambda seed=seed: measure(*adapt_with_trl(seed), test_pairs(seed)),
+        )
     for labels in LABELS:
         yield from result(labels, "r = 8", RESULTS[:1], labels=labels)
     for method in ("r = 16", "r = 4"):
