@@ -31,6 +31,12 @@ KNOWN_TABLES = {  # each with its columns of words and of numbers
     "films": (["title", "director", "genre"], ["year", "rating", "budget"]),
     "orders": (["customer", "product", "status"], ["total", "quantity", "discount"]),
     "houses": (["street", "city", "owner"], ["rent", "rooms", "area"]),
+    "songs": (["title", "singer", "label"], ["year", "length", "plays"]),
+    "hotels": (["name", "city", "chain"], ["stars", "rooms", "price"]),
+    "courses": (["subject", "teacher", "level"], ["hours", "credits", "places"]),
+    "museums": (["name", "city", "style"], ["visitors", "rooms", "year"]),
+    "animals": (["species", "color", "habitat"], ["weight", "age", "speed"]),
+    "machines": (["maker", "model", "site"], ["power", "weight", "cost"]),
 }
 UNKNOWN_TABLES = {  # training never sees these
     "recipes": (["dish", "country", "cook"], ["minutes", "servings", "calories"]),
