@@ -48,7 +48,8 @@ def compare(name: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
     "Up to rounding" is a relative difference below 1e-5, "far apart" the largest absolute one.
     """
     difference = relative_difference(ours, reference)
-    largest = max(_differences(ours, reference).abs().tolist(), default=0.0)
+    differences = _differences(ours, reference).abs()
+    largest = differences.max().item() if len(differences) else 0.0
     print(
         f"{name}: exact {difference == 0} | approximate {difference < 1e-5} "
         f"| largest difference {largest:.1e}"
@@ -190,13 +191,6 @@ def show_figure(alt: str) -> None:
     plt.close()
     picture = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": alt}
     display(picture, raw=True, metadata={"image/png": {"alt": alt}})
-
-
-def band(x: Sequence, runs: Sequence, color: str | tuple, label: str | None = None) -> None:
-    """Draw the mean of several runs (runs × x) as a line, on a band from the least to the most."""
-    runs = torch.as_tensor(runs, dtype=torch.float64)
-    plt.fill_between(x, runs.amin(dim=0), runs.amax(dim=0), color=color, alpha=0.2, linewidth=0)
-    plt.plot(x, runs.mean(dim=0), color=color, label=label)
 
 
 def show_images(images: torch.Tensor, titles: list[str], alt: str, columns: int = 10) -> None:

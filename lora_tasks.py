@@ -75,7 +75,10 @@ def train(
 
 
 def byte_count(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes that the tensors' memory takes; what they share counts once."""
+    """Return the bytes that the tensors' memory takes; what they share counts once.
+
+    Not for tensors on the meta device: they have no memory.
+    """
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -261,8 +264,8 @@ def load_language_model(
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source).float()
     except Exception as error:  # many kinds, of three libraries
-        trouble = f"is damaged: {error}" if here else "is no folder in data/, nor on the Hub"
-        raise OSError(f"{str(source)!r} {trouble}") from error
+        trouble = "is damaged" if here else "is no folder in data/, nor to be had from the Hub"
+        raise OSError(f"{str(source)!r} {trouble}: {error}") from error
     advice = "take a dense Llama, Mistral, Qwen or Gemma"
     if experts := [n for n, parameter in model.named_parameters() if parameter.ndim > 2]:
         raise ValueError(f"{name!r} has weights in no linear layer, as {experts[0]}: {advice}")
@@ -316,7 +319,8 @@ def bits_per_byte(
     """
     windows = encode(tokenizer, text, model.device, least=129).unfold(0, 129, 128)
     bits = sum(token_bits(model, tokenizer, part).sum().item() for part in windows.split(16))
-    return bits / len(tokenizer.decode(windows[:, 1:].flatten()).encode())
+    read = tokenizer.decode(windows[:, 1:].flatten(), clean_up_tokenization_spaces=False)
+    return bits / len(read.encode())
 
 
 def train_language_model(

@@ -113,7 +113,8 @@ def _check_number(name: str, value: object, above: float = -1e38, kind: type = R
     """Raise a ValueError unless this is a number of that kind, and one that a float32 can hold."""
     if not isinstance(value, kind) or isinstance(value, bool) or not above < value < 1e38:
         whole = "whole " if kind is Integral else ""
-        raise ValueError(f"{name} must be a {whole}number above {above:g}, not {value!r}")
+        between = f"a {whole}number above {above:g} and below 1e+38"
+        raise ValueError(f"{name} must be {between}, not {value!r}")
 
 
 def _device_and_dtype(base: nn.Linear, device: torch.device | str | None = None) -> dict:

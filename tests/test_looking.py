@@ -222,15 +222,6 @@ def test_rank_colors_grow_darker():
     assert lora_show.rank_color(256) == ranks[-1]
 
 
-def test_a_band_goes_from_the_least_to_the_most_around_the_mean():
-    lora_show.band([1, 2], [[1.0, 5], [2, 1], [6, 3]], "black", "three runs")
-    [line], [area] = plt.gca().lines, plt.gca().collections
-    assert line.get_ydata().tolist() == [3, 3] and line.get_label() == "three runs"
-    corners = {tuple(corner) for corner in area.get_paths()[0].vertices.tolist()}
-    assert corners == {(1, 1), (1, 6), (2, 1), (2, 5)}
-    plt.close()
-
-
 def test_images_are_drawn_with_their_titles_and_described(shown, monkeypatch):
     described = []
     monkeypatch.setattr(lora_show, "show_figure", described.append)
