@@ -281,6 +281,7 @@ def train_on_batches(
         loss = answer_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, max_norm=1.0)  # no batch may throw it far off
         optimizer.step()
         losses.append(loss.item())
         progress.set_postfix(loss=f"{loss.item():.3f}")
