@@ -1,10 +1,12 @@
 """The quantiser and the quantised layers of notebook 9, and its stored trainings."""
 
 import copy
+import gc
 import json
 import logging
 import math
 import sys
+import weakref
 
 import pytest
 import torch
@@ -197,6 +199,19 @@ def test_only_the_lean_layer_keeps_no_weight():
         kept.append({(30, 70), (70, 30)} & set(shapes))
     naive, lean = kept
     assert naive and not lean
+
+
+def test_what_is_quantised_keeps_no_graph(kind):
+    """A graph would keep the matrix of floats alive, and the memory would not be saved."""
+    dense = nn.Linear(64, 8)
+    assert dense.weight.requires_grad
+    assert not quantize(dense.weight, NF4)[1].requires_grad
+    layer = kind(dense, NF4)
+    assert not any(buffer.requires_grad for buffer in layer.buffers())
+    floats = weakref.ref(dense.weight)
+    del dense
+    gc.collect()
+    assert floats() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
