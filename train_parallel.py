@@ -53,10 +53,7 @@ def train(
 ) -> dict:
     """Train one model together with the other processes; return what this one has to report."""
     me, processes = dist.get_rank(), dist.get_world_size()
-    if job.batch % processes:
-        raise ValueError(f"{processes} processes cannot share a batch of {job.batch} evenly")
-    if save_every < 1:
-        raise ValueError(f"save_every must be at least 1, not {save_every}")
+    refuse_what_cannot_work(job, processes, save_every)
     model, blocks, linear, examples, loss_of = load_task(job, folder, device)
     made_for = asdict(job) | {"base and examples": checksum([*model.parameters(), examples])}
     light = None
@@ -79,9 +76,15 @@ def train(
         losses.append(loss.item())
         if (step + 1) % save_every == 0 or step + 1 == steps:
             save(parallel, optimizer, light, step + 1, folder, made_for)
-    held = [p.to_local() if fsdp else p for p in parallel.parameters()]  # its share, or all
-    count = sum(parameter.numel() for parameter in held)
-    return {"losses": losses, "held": count, "checksum": checksum(held)}
+    return {"losses": losses} | describe_held(parallel, fsdp)
+
+
+def refuse_what_cannot_work(job: Job, processes: int, save_every: int) -> None:
+    """Raise an error before anything is loaded."""
+    if job.batch % processes:
+        raise ValueError(f"{processes} processes cannot share a batch of {job.batch} evenly")
+    if save_every < 1:
+        raise ValueError(f"save_every must be at least 1, not {save_every}")
 
 
 def load_task(job: Job, folder: Path, device: torch.device) -> tuple:
@@ -164,6 +167,13 @@ def without_frozen(model: nn.Module) -> nn.Module:
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     zeros = {id(p): nn.Parameter(p.new_zeros(1).expand(p.shape), False) for p in frozen}
     return copy.deepcopy(model, zeros)  # which takes what it finds there as copied already
+
+
+def describe_held(parallel: nn.Module, fsdp: bool) -> dict:
+    """Return how many weights this process holds, its share or all, and their checksum."""
+    held = [p.to_local() if fsdp else p for p in parallel.parameters()]
+    count = sum(parameter.numel() for parameter in held)
+    return {"held": count, "checksum": checksum(held)}
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
