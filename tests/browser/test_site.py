@@ -17,7 +17,8 @@ from conventions import FIGURE, Notebook, figure_of
 FILES = sorted(pages.NOTEBOOKS.glob("*.ipynb")) + sorted(pages.NOTEBOOKS.glob("deeper/*.ipynb"))
 NOTEBOOKS = {path.relative_to(pages.NOTEBOOKS).with_suffix("").as_posix(): path for path in FILES}
 MAIN = [name for name in NOTEBOOKS if "/" not in name]
-PAGES = ["index", "search", "play", "claims", *NOTEBOOKS]
+DEEPER = [pytest.param(name, marks=pytest.mark.slow) for name in NOTEBOOKS if "/" in name]
+PAGES = ["index", "search", "play", "claims", *MAIN, *DEEPER]
 TOOLS = ["language", "playground", "rank", "memory", "404"]
 WIDTHS = [("index", 1280), ("claims", 1280), ("index", 390), ("claims", 390), (MAIN[0], 390)]
 WIDTHS += [pytest.param(name, 390, marks=pytest.mark.slow) for name in MAIN[1:]]
@@ -159,7 +160,7 @@ def test_the_site_is_light(page, address, site):
 # Folds
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", [*MAIN, *DEEPER])
 def test_folds(page, address, name):
     """What answers a "Predict." is folded, and nothing else is called a guess."""
     go(page, address, name)
