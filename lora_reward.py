@@ -211,7 +211,14 @@ def least_kl(p: float, q: float) -> float:
     return success + failure
 
 
-def best_success(p: float, beta: float) -> float:
-    """Return the success at which reward − beta · KL is largest, if p is the base's success."""
-    odds = p / (1 - p) * math.exp(1 / beta)
-    return odds / (1 + odds)
+def best_model(successes: torch.Tensor, beta: float) -> tuple[float, float]:
+    """Return mean success and mean KL of the best model for reward − beta · KL.
+
+    `successes` holds the base's success after each prompt. The best model multiplies the odds of
+    success by exp(1 / beta) after each; so no model gets its mean success for fewer nats.
+    """
+    p = successes.double()
+    scale = 1 - p + p * math.exp(1 / beta)
+    best = p * math.exp(1 / beta) / scale
+    kl = best / beta - scale.log()
+    return best.mean().item(), kl.mean().item()

@@ -2,8 +2,9 @@
 
 python experiments/reward_with_trl.py [STEPS]   prints the log; needs `pip install trl`
 
-The reward is 1 if the answer is a query of the language of notebook 8 about a table that the
-question names, 1/2 if it at least names that table, else 0.
+The reward is 1 if the answer is a query of the language of notebook 8 about the table that the
+question names, 1/2 if it at least begins with that table, else 0. Four examples stand in the
+prompt: without them, or without the half, all rewards of three steps were 0: nothing is learnt.
 """
 
 import re
@@ -14,13 +15,12 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from datasets import Dataset  # noqa: E402
 
-from lora_chat import KNOWN_TABLES, SYSTEM, load_chat_model, make_pairs  # noqa: E402
+from lora_chat import DESCRIPTION, KNOWN_TABLES, load_chat_model, make_pairs  # noqa: E402
 
 from peft import LoraConfig  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 QUERY = re.compile(r"(\w+) \| .+ -> \w+( sort \w+ (up|down))? ;")
-EXAMPLE = "books | author is Miller -> price sort year up ;"
 
 
 def reward(completions, table, **_):
@@ -28,19 +28,21 @@ def reward(completions, table, **_):
     for completion, wanted in zip(completions, table, strict=True):
         text = completion[0]["content"].strip()
         query = QUERY.fullmatch(text)
-        if query and query[1] == wanted:
-            rewards.append(1.0)
-        else:
-            rewards.append(0.5 if text.startswith(wanted) else 0.0)
+        is_right = query and query[1] == wanted
+        rewards.append(1.0 if is_right else 0.5 * text.startswith(wanted))
     return rewards
 
 
 def main(steps: int) -> None:
     model, tokenizer = load_chat_model()
-    system = f"{SYSTEM} A query looks like this: {EXAMPLE}"
+    pairs = make_pairs(204, KNOWN_TABLES, seed=0)
+    begin = [{"role": "system", "content": DESCRIPTION}]
+    for question, query in pairs[:4]:
+        begin.append({"role": "user", "content": question})
+        begin.append({"role": "assistant", "content": query})
     rows = []
-    for question, query in make_pairs(200, KNOWN_TABLES, seed=0):
-        prompt = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    for question, query in pairs[4:]:
+        prompt = [*begin, {"role": "user", "content": question}]
         rows.append({"prompt": prompt, "table": query.split()[0]})
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(

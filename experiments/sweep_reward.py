@@ -5,7 +5,8 @@ python experiments/sweep_reward.py [MINUTES]   writes data/reward.json, goes on 
 The reward: marked tokens (those with an "e") and others take turns. Every method trains with the
 same leash BETA, on the same prompts under the same seed. The seed CHOICE chooses each method's rate
 on validation prompts, by reward − BETA · KL. The seeds RESULT took no part in the choice and are
-measured on test prompts. A run that has lasted MINUTES stores what it has and ends.
+measured on test prompts. Some methods are also tested at other rates, so that methods can be
+compared at equal distance from the base. A run that has lasted MINUTES stores what it has and ends.
 """
 
 import copy
@@ -29,6 +30,7 @@ from lora_reward import (  # noqa: E402
     draw_prompts,
     measure_policy,
     reward_in_turn,
+    reward_without,
     score_answers,
     tokens_with,
     train_policy,
@@ -48,6 +50,8 @@ BOOK = "austen_prideandprejudice"
 LENGTH, STEPS, BETA = 2, 60, 0.1
 CONTROL = "rank 4, shuffled"
 CHOICE, RESULT = 0, (100, 101, 102, 103, 104)
+DISTANCE = (("rank 1", 0.08), ("rank 4", 0.04), ("full", 0.001), ("full", 0.002))
+LETTER_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 # --- What is trained: each function changes the model in place ----------------------------------
 
@@ -186,8 +190,9 @@ class Sweep:
             )
         return model
 
-    def measure(self, model, prompts: torch.Tensor, samples: int) -> dict:
-        rewards, kl = measure_policy(model, prompts, self.reward, LENGTH, samples, 1, self.base)
+    def measure(self, model, prompts: torch.Tensor, samples: int, reward=None) -> dict:
+        reward = reward or self.reward
+        rewards, kl = measure_policy(model, prompts, reward, LENGTH, samples, 1, self.base)
         return {"reward": round(rewards.mean().item(), 4), "kl": round(kl.mean().item(), 4)}
 
     def austen(self, model) -> float:
@@ -236,6 +241,29 @@ class Sweep:
         entry["runs"][str(seed)] = result
         print(name, rate, seed, result, flush=True)
 
+    def test_distance(self, method: str, rate: float, seed: int) -> None:
+        """Test a method at a rate that was not its best, to reach another distance."""
+        model = self.train(method, rate, seed, STEPS, self.reward)
+        result = self.measure(model, self.test, 32) | {"austen": self.austen(model)}
+        name = f"{method} at {rate:g}"
+        self.found.setdefault("distance", {}).setdefault(name, {})[str(seed)] = result
+        print(name, seed, result, flush=True)
+
+    def test_letter(self) -> None:
+        """Can 13 numbers learn at all? A reward that needs no context: no token is marked."""
+        reward = reward_without(self.marked)
+        choice, runs = {}, {}
+        for rate in LETTER_RATES:
+            model = self.train("13 numbers", rate, CHOICE, STEPS * 2 // 3, reward)
+            choice[f"{rate:g}"] = self.measure(model, self.validation, 32, reward)
+        best = max(choice, key=lambda rate: choice[rate]["reward"] - BETA * choice[rate]["kl"])
+        for seed in RESULT:
+            model = self.train("13 numbers", float(best), seed, STEPS, reward)
+            runs[str(seed)] = self.measure(model, self.test, 32, reward)
+        base = self.measure(self.base, self.test, 512, reward)["reward"]
+        self.found["letter"] = {"base": base, "choice": choice, "rate": float(best), "runs": runs}
+        print(self.found["letter"], flush=True)
+
     def jobs(self):
         """Yield what is still to do, one training after the other."""
         if not self.found["base"]:
@@ -250,6 +278,11 @@ class Sweep:
                     yield lambda n=name, seed=seed: self.test_run(n, seed, self.reward)
             if str(seed) not in self.found["test"].get(CONTROL, {"runs": ()})["runs"]:
                 yield lambda seed=seed: self.test_run(CONTROL, seed, shuffled(self.reward))
+            for method, rate in DISTANCE:
+                if str(seed) not in self.found.get("distance", {}).get(f"{method} at {rate:g}", {}):
+                    yield lambda m=method, r=rate, s=seed: self.test_distance(m, r, s)
+        if "letter" not in self.found:
+            yield self.test_letter
 
     def write(self) -> None:
         facts = {

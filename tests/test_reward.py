@@ -220,31 +220,54 @@ def test_the_floor_is_a_divergence_of_two_coins():
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.3, 1.0])
-def test_best_success_is_the_best_of_all(beta):
+def test_the_best_model_is_the_best_of_all(beta):
     grid = [i / 10_000 for i in range(10_000)]
     best = max(grid, key=lambda q: q - beta * lora_reward.least_kl(0.1, q))
-    assert lora_reward.best_success(0.1, beta) == pytest.approx(best, abs=2e-4)
+    success, kl = lora_reward.best_model(torch.tensor([0.1]), beta)
+    assert success == pytest.approx(best, abs=2e-4)
+    assert kl == pytest.approx(lora_reward.least_kl(0.1, success), rel=1e-4)
+
+
+def test_over_many_prompts_no_other_successes_cost_less():
+    base = torch.tensor([0.02, 0.2, 0.5, 0.9], dtype=torch.float64)
+    success, kl = lora_reward.best_model(base, 0.5)
+    assert kl > lora_reward.least_kl(base.mean().item(), success)  # one coin for all: too low
+    best = torch.special.expit(base.logit() + 1 / 0.5)
+    assert best.mean().item() == pytest.approx(success)
+    for _ in range(100):  # others of the same mean
+        shift = torch.randn(4, dtype=torch.float64)
+        other = best + 0.01 * (shift - shift.mean())
+        cost = [lora_reward.least_kl(p, q) for p, q in zip(base, other, strict=True)]
+        assert sum(cost) / 4 > kl
+
+
+def test_a_prompt_without_success_stays_without():
+    success, kl = lora_reward.best_model(torch.tensor([0.0, 0.5]), 0.05)
+    assert success == pytest.approx(0.5) and kl == pytest.approx(math.log(2) / 2)
 
 
 def test_reweighing_the_base_reaches_the_floor():
     p = torch.rand(50, dtype=torch.float64).softmax(dim=0)
     wins = torch.arange(50) < 8
     start = p[wins].sum().item()
-    q = lora_reward.best_success(start, 0.4)
+    q, least = lora_reward.best_model(torch.tensor([start], dtype=torch.float64), 0.4)
     tilted = torch.where(wins, p * q / start, p * (1 - q) / (1 - start))
     kl = (tilted * (tilted / p).log()).sum().item()
-    assert kl == pytest.approx(lora_reward.least_kl(start, q))
+    assert kl == pytest.approx(lora_reward.least_kl(start, q)) == pytest.approx(least)
 
 
 def test_no_stored_run_crosses_the_floor():
     found = STORED["results"]
-    successes = torch.tensor(found["base"]["success"])
-    p = successes.mean().item() + 3 * (successes.mean() / (512 * len(successes))).sqrt().item()
-    points = [run for entry in found["test"].values() for run in entry["runs"].values()]
-    for point in [*points, found["ban"]]:
-        q = point["reward"] - 3 * (point["reward"] * (1 - point["reward"]) / 2048) ** 0.5
-        if q > p:
-            assert lora_reward.least_kl(p, q) < 1.1 * point["kl"], point
+    base = torch.tensor(found["base"]["success"])
+    base = base + 3 * (base / 512).sqrt()  # by no more than that it was measured too low
+    runs = [run for entry in found["test"].values() for run in entry["runs"].values()]
+    runs += [run for entry in found["distance"].values() for run in entry.values()]
+    for run in [*runs, found["ban"]]:
+        q = run["reward"] - 3 * (run["reward"] * (1 - run["reward"]) / 2048) ** 0.5
+        for beta in (10, 3, 1, 0.5, 0.3, 0.2, 0.15, 0.1):
+            success, kl = lora_reward.best_model(base.clamp(max=0.999), beta)
+            if success < q:
+                assert kl < run["kl"], run
 
 
 # The sweep
@@ -255,7 +278,9 @@ def test_the_sweep_holds_what_the_notebook_needs():
     numbers = {name: entry["numbers"] for name, entry in found["test"].items()}
     assert numbers["13 numbers"] == 13
     assert (numbers["bias"], numbers["rank 1"], numbers["rank 4"]) == (1024, 6528, 26112)
-    seeds = {tuple(entry["runs"]) for entry in found["test"].values()}
+    seeds = {tuple(entry["runs"]) for entry in [*found["test"].values(), found["letter"]]}
+    seeds |= {tuple(runs) for runs in found["distance"].values()}
+    assert len(found["distance"]) == len(sweep_reward.DISTANCE)
     assert seeds == {tuple(str(seed) for seed in sweep_reward.RESULT)}
     for method, tried in found["choice"].items():  # the best rate lies inside
         value = {float(r): x["reward"] - sweep_reward.BETA * x["kl"] for r, x in tried.items()}
