@@ -306,12 +306,10 @@ def diagnose(model: "PreTrainedModel", batch: Batch, losses: Sequence[float] = (
     gradients = torch.autograd.grad(loss, trained.values(), allow_unused=True)
     gradients = torch.cat([g.flatten() for g in gradients if g is not None])
     B = [p for name, p in trained.items() if "lora_B" in name]
-    last = is_text.cumsum(dim=1).argmax(dim=1, keepdim=True)  # the last token of each row
-    ends = batch["labels"].gather(1, last)
-    end_tokens = torch.tensor([model.generation_config.eos_token_id], device=ends.device)
+    end_tokens = torch.tensor([model.generation_config.eos_token_id], device=loss.device)
     is_zero = B and not any(factor.any() for factor in B)
     is_whole = (is_learnt | ~is_text).all(dim=1).any()
-    has_end = torch.isin(ends, end_tokens).all()
+    has_end = torch.isin(batch["labels"], end_tokens).any(dim=1).all()
     falls = not losses or losses[-1] < 0.9 * losses[0]
     findings = [
         (any(p.itemsize < 4 for p in trained.values()), "trained numbers have 16 bits, too few"),

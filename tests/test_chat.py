@@ -120,6 +120,8 @@ def test_labels_are_those_of_trl(loaded, tmp_path):
         after = tokenizer.decode(their_row[count:])
         assert after in ("", "\n")
     assert (ours["labels"][:, -1] == tokenizer.eos_token_id).all()
+    lora_utils.add_lora(model, 4, 8, ALL)
+    assert lora_chat.diagnose(model, theirs) == lora_chat.diagnose(model, ours) == []
 
 
 def test_labels_cover_the_query_and_its_end_alone(loaded):
