@@ -47,7 +47,7 @@ CHOICE, RESULTS = 0, (111, 112, 113, 114, 115)
 LINEAR = ATTENTION + MLP
 # Rank, targets and rates to try; α is twice the rank; full: all weights, no LoRA.
 METHODS = {
-    "r = 8": (8, LINEAR, (2e-3, 4e-3, 8e-3)),
+    "r = 8": (8, LINEAR, (1e-3, 2e-3, 4e-3, 8e-3)),
     "r = 1": (1, LINEAR, (4e-3, 8e-3, 1.6e-2)),
     "q, v": (8, ["q_proj", "v_proj"], (4e-3, 8e-3, 1.6e-2)),
     "full": (None, None, (1e-4, 2e-4, 4e-4)),

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import lora_chat
 import lora_tasks
 import lora_utils
+from experiments import sweep_real_model
 
 from peft import LoraConfig, get_peft_model
 
@@ -303,6 +304,22 @@ def test_diagnose_changes_nothing(loaded, unchanged):
 def test_the_same_seed_makes_the_same_pairs():
     pair = lora_chat.make_pair(random.Random(3), lora_chat.KNOWN_TABLES)
     assert pair == lora_chat.make_pairs(1, lora_chat.KNOWN_TABLES, seed=3)[0]
+
+
+# The sweep of notebook 8
+
+
+def test_under_one_seed_all_methods_see_the_same_batches(loaded, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep_real_model, "base", lambda: loaded)
+    monkeypatch.setattr(
+        sweep_real_model, "train_on_batches", lambda m, batches, r: seen.append(batches)
+    )
+    for method, seed in [(name, 7) for name in sweep_real_model.METHODS] + [("r = 8", 8)]:
+        sweep_real_model.adapt(method, 1e-3, seed)
+    tokens = [[batch["input_ids"].tolist() for batch in batches] for batches in seen]
+    assert all(others == tokens[0] for others in tokens[1:-1]) and len(tokens) == 7
+    assert tokens[-1] != tokens[0] and len(tokens[0]) == sweep_real_model.STEPS
 
 
 # Notebook 8 on a random model
