@@ -18,6 +18,7 @@ myst_heading_anchors = 3
 mathjax_path = "mathjax/tex-chtml.js"  # in _static: nothing comes from another host
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # outputs, too, hold tables
 copybutton_selector = "div.cell_input div.highlight pre"
 
 html_theme = "sphinx_book_theme"

@@ -49,7 +49,7 @@ LINEAR = ATTENTION + MLP
 METHODS = {
     "r = 8": (8, LINEAR, (1e-3, 2e-3, 4e-3, 8e-3)),
     "r = 1": (1, LINEAR, (4e-3, 8e-3, 1.6e-2)),
-    "q, v": (8, ["q_proj", "v_proj"], (4e-3, 8e-3, 1.6e-2)),
+    "q, v": (8, ["q_proj", "v_proj"], (2e-3, 4e-3, 8e-3, 1.6e-2)),
     "full": (None, None, (1e-4, 2e-4, 4e-4)),
     "r = 16": (16, LINEAR, (2e-3, 4e-3, 8e-3)),
     "r = 4": (4, LINEAR, (4e-3, 8e-3)),
