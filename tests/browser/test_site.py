@@ -52,7 +52,7 @@ def open_folds(page):
 def test_page_is_whole(page, address, name):
     go(page, address, name)
     assert page.locator("main h1:visible").count() == 1 and page.title()
-    assert page.locator(".cell_output p", has_text=re.compile(r"^\\|")).count() == 0  # a raw table
+    assert page.locator(".cell_output p", has_text=re.compile(r"^\|")).count() == 0  # a raw table
     for image in page.locator("img").all():
         image.evaluate("image => image.setAttribute('loading', 'eager')")
         assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
