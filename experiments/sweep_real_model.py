@@ -51,8 +51,6 @@ METHODS = {
     "r = 1": (1, LINEAR, (4e-3, 8e-3, 1.6e-2)),
     "q, v": (8, ["q_proj", "v_proj"], (2e-3, 4e-3, 8e-3, 1.6e-2)),
     "full": (None, None, (1e-4, 2e-4, 4e-4)),
-    "r = 16": (16, LINEAR, (2e-3, 4e-3, 8e-3)),
-    "r = 4": (4, LINEAR, (4e-3, 8e-3)),
 }
 COUNTS = (16, 32, 8)  # of different examples; 128 draws in any case
 TABLES = (3,)  # to train on, in place of all twelve
@@ -222,9 +220,6 @@ def jobs(found: dict):
         )
     for labels in LABELS:
         yield from result(labels, "r = 8", RESULTS[:1], labels=labels)
-    for method in ("r = 16", "r = 4"):
-        yield from choose(method)
-        yield from result(method, method, RESULTS[:3])
 
 
 def main(most: float) -> None:

@@ -350,6 +350,8 @@ def test_the_slider_shows_numbers_and_errors(open_tool, photo, truncated):
     shown = page.evaluate(GREY)  # of the canvas: whole steps, from 0 to 255
     shown = np.frombuffer(base64.b64decode(shown), dtype=np.uint8).reshape(photo.shape)
     assert np.abs(shown - truncated(50).clip(0, 255)).max() < 1.6
+    look = page.evaluate("getComputedStyle(document.querySelector('#curve path'))")
+    assert look["fill"] == "none" != look["stroke"]  # a line, not an area
     slider = page.get_by_role("slider", name="rank")
     slider.focus()
     page.keyboard.press("Home")
