@@ -149,9 +149,17 @@ function newDigit(text, digit = null) {
   label = digit;
   tried = null;
   $("what").textContent = text;
-  $("story").textContent = digit === null ? "" : `A test digit: a ${digit}. Or draw your own.`;
+  if (digit === null) hintAtOwn();
+  else $("story").textContent = `A test digit: a ${digit}. Or draw your own.`;
   for (const { row } of knobs) row.classList.remove("turn-this");
   for (const button of $("tries").children) button.setAttribute("aria-pressed", "false");
+}
+
+/** What to draw, where the reader draws. A page of other adapters may lack the knob. */
+function hintAtOwn() {
+  const isThere = knobs.some(({ name }) => name === "rotated");
+  const hint = isThere ? $("own").cloneNode(true).childNodes : ["Draw a digit, then turn a knob."];
+  $("story").replaceChildren(...hint);
 }
 
 function clear() {

@@ -352,12 +352,15 @@ def test_a_drawn_digit_is_read_wherever_and_however_large(page, zoom, dx, dy):
 def test_on_a_phone_the_answer_stands_beside_the_finger(open_tool):
     page = open_tool("playground", 390, 664, has_touch=True, is_mobile=True)
     page.get_by_role("button", name="Clear").tap()
+    hint = "Draw a digit as if it had fallen to the right, then turn rotated up."
+    assert page.inner_text("#story") == hint
     box, touch = page.locator("#paper").bounding_box(), page.context.new_cdp_session(page)
     at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in SEVEN]
     for i, (x, y) in enumerate(at):
         event = {"type": "touchMove" if i else "touchStart", "touchPoints": [{"x": x, "y": y}]}
         touch.send("Input.dispatchTouchEvent", event)
     assert read(page, "base") == "7" and page.evaluate("scrollY") == 0  # the finger is down
+    assert page.inner_text("#story") == hint
     for part in ("#says-base", "#says-lora", "#paper", "#knob-0"):
         box = page.locator(part).bounding_box()
         assert box["y"] >= 0 and box["y"] + box["height"] <= 664, part
