@@ -162,12 +162,16 @@ function hintAtOwn() {
   $("story").replaceChildren(...hint);
 }
 
-function clear() {
+function empty() {
   paper.clear();
   image = null;
   isNew = false;
   newDigit("");
   update();
+}
+function clear() {
+  empty();
+  arrive("upright");
 }
 $("clear").addEventListener("click", clear);
 
@@ -179,7 +183,7 @@ function takeDigit(digit) {
   takeImage(all[taken[digit] % all.length]);
 }
 function takeImage(index) {
-  clear();
+  empty();
   const pixels = net.images.data.subarray(784 * index, 784 * (index + 1));
   image = Float32Array.from(pixels, (value) => value / 255);
   newDigit(`A test digit: a ${net.labels.data[index]}.`, net.labels.data[index]);
@@ -199,6 +203,9 @@ for (const name of ["upright", "rotated", "mirrored", "scrambled"]) {
 function arrive(name) {
   arrival = name;
   document.querySelector(`input[value="${name}"]`).checked = true;
+  const isUpright = name === "upright";
+  $("given").textContent = isUpright ? "as the network gets it" : `given ${name}`;
+  $("given").classList.toggle("changed", !isUpright);
   update();
 }
 

@@ -467,6 +467,11 @@ def test_each_example_shows_what_its_text_says(page):
         if name == "half":
             page.get_by_role("radio", name="rotated").check()
             assert read(page, "lora") == digit != read(page, "base")
+            page.get_by_role("button", name="test digit 5").click()
+            assert page.inner_text("#given") == "given rotated"  # it stays, and the card says so
+            page.get_by_role("button", name="Clear").click()
+            assert page.get_by_role("radio", name="upright").is_checked()
+            assert page.inner_text("#given") == "as the network gets it"
 
 
 RING = [(8, 4), (6, 0), (2, 0), (0, 4), (2, 8), (6, 8), (8, 3)]
