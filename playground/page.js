@@ -433,11 +433,21 @@ function offerExamples() {
       $("story").replaceChildren(...text.cloneNode(true).childNodes);
       turned.row.classList.add("turn-this");
       turned.input.focus({ preventScroll: true });
-      const box = turned.row.getBoundingClientRect();
-      if (box.top < 0 || box.bottom > innerHeight) turned.row.scrollIntoView({ block: "center" });
+      reveal(turned.row);
     });
     $("tries").append(button);
   }
+}
+
+/** Scroll to a knob that is out of sight, or below the card that stays on a phone. */
+function reveal(row) {
+  const card = document.querySelector(".stage");
+  const stays = getComputedStyle(card).position === "sticky";
+  const top = stays ? card.offsetHeight + 8 : 0;
+  const box = row.getBoundingClientRect();
+  if (box.top >= top && box.bottom <= innerHeight) return;
+  row.style.scrollMarginTop = `${top}px`;
+  row.scrollIntoView({ block: stays ? "start" : "center" });
 }
 
 for (const name of opening?.knobs ?? []) addKnob(name);

@@ -367,6 +367,11 @@ def test_on_a_phone_the_answer_stands_beside_the_finger(open_tool):
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     page.locator("#knobs .knob").last.scroll_into_view_if_needed()
     assert page.locator("#says-lora").bounding_box()["y"] >= 0  # and beside the thumb
+    for example in page.locator("#tries button").all():
+        example.scroll_into_view_if_needed()
+        example.tap()
+        card, lit = (page.locator(part).bounding_box() for part in (".stage", ".turn-this"))
+        assert card["y"] + card["height"] < lit["y"] and lit["y"] + lit["height"] <= 664
 
 
 def test_the_keyboard_draws_and_turns_and_is_told_the_answer(page):
