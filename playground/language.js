@@ -57,6 +57,7 @@ function update() {
 let known = { text: null }; // what the base says of the text at hand: it stays while knobs turn
 function show() {
   asked = false;
+  tellAge();
   const text = $("text").value;
   if (text !== known.text) {
     const all = tokenizer.encode(text);
@@ -146,9 +147,31 @@ function showLikeliest(logits) {
 
 // --- What it writes --------------------------------------------------------------------------
 
+let written = null; // the settings of what stands there
+
+/** What the writing depends on. The dice are not told of: only a button throws others. */
+function settings() {
+  const turned = knobs.filter(({ strength }) => strength);
+  const names = turned.map(({ name, strength }) => `${name} ${strength}`.replace("-", "−"));
+  const at = `${names.join(", ") || "no adapter"}, temperature ${$("temperature").value}`;
+  return { text: $("text").value, at };
+}
+
+/** Say so where the writing is that of another sentence or of other settings. */
+function tellAge() {
+  if (!written) return;
+  const now = settings();
+  const isStale = written.text !== now.text || written.at !== now.at;
+  document.querySelector(".both").classList.toggle("stale", isStale);
+  $("written-at").hidden = !isStale;
+  $("written-at").textContent = `Written at ${written.at}; write again.`;
+}
+
 let writing = 0; // a later call ends this one
 async function write() {
   const mine = ++writing;
+  written = settings();
+  tellAge();
   const temperature = Number($("temperature").value);
   const start = tokens.length ? tokens : tokenizer.encode("In the morning");
   const writers = [
@@ -187,6 +210,7 @@ function showTemperature() {
   const input = $("temperature");
   $("temperature-says").textContent = input.value;
   input.style.setProperty("--value", (input.value - 0.2) / 1.2);
+  tellAge();
 }
 $("temperature").addEventListener("input", showTemperature);
 

@@ -247,6 +247,7 @@ function draw(shape, settings, card) {
   );
   $("in-full").textContent = `Full fine-tuning takes ${unit(total(full))}: it ${need(full)}.`;
   drawBars({ "Full fine-tuning": full, [`${way}, r = ${settings.rank}`]: lora }, card);
+  $("way").textContent = way;
   drawTable(full, lora);
   const share = (100 * trained) / numbers;
   const digits = share < 0.1 ? 4 : 2;

@@ -149,17 +149,29 @@ function newDigit(text, digit = null) {
   label = digit;
   tried = null;
   $("what").textContent = text;
-  $("story").textContent = digit === null ? "" : `A test digit: a ${digit}. Or draw your own.`;
+  if (digit === null) hintAtOwn();
+  else $("story").textContent = `A test digit: a ${digit}. Or draw your own.`;
   for (const { row } of knobs) row.classList.remove("turn-this");
   for (const button of $("tries").children) button.setAttribute("aria-pressed", "false");
 }
 
-function clear() {
+/** What to draw, where the reader draws. A page of other adapters may lack the knob. */
+function hintAtOwn() {
+  const isThere = knobs.some(({ name }) => name === "rotated");
+  const hint = isThere ? $("own").cloneNode(true).childNodes : ["Draw a digit, then turn a knob."];
+  $("story").replaceChildren(...hint);
+}
+
+function empty() {
   paper.clear();
   image = null;
   isNew = false;
   newDigit("");
   update();
+}
+function clear() {
+  empty();
+  arrive("upright");
 }
 $("clear").addEventListener("click", clear);
 
@@ -171,7 +183,7 @@ function takeDigit(digit) {
   takeImage(all[taken[digit] % all.length]);
 }
 function takeImage(index) {
-  clear();
+  empty();
   const pixels = net.images.data.subarray(784 * index, 784 * (index + 1));
   image = Float32Array.from(pixels, (value) => value / 255);
   newDigit(`A test digit: a ${net.labels.data[index]}.`, net.labels.data[index]);
@@ -191,6 +203,9 @@ for (const name of ["upright", "rotated", "mirrored", "scrambled"]) {
 function arrive(name) {
   arrival = name;
   document.querySelector(`input[value="${name}"]`).checked = true;
+  const isUpright = name === "upright";
+  $("given").textContent = isUpright ? "as the network gets it" : `given ${name}`;
+  $("given").classList.toggle("changed", !isUpright);
   update();
 }
 
@@ -418,11 +433,21 @@ function offerExamples() {
       $("story").replaceChildren(...text.cloneNode(true).childNodes);
       turned.row.classList.add("turn-this");
       turned.input.focus({ preventScroll: true });
-      const box = turned.row.getBoundingClientRect();
-      if (box.top < 0 || box.bottom > innerHeight) turned.row.scrollIntoView({ block: "center" });
+      reveal(turned.row);
     });
     $("tries").append(button);
   }
+}
+
+/** Scroll to a knob that is out of sight, or below the card that stays on a phone. */
+function reveal(row) {
+  const card = document.querySelector(".stage");
+  const stays = getComputedStyle(card).position === "sticky";
+  const top = stays ? card.offsetHeight + 8 : 0;
+  const box = row.getBoundingClientRect();
+  if (box.top >= top && box.bottom <= innerHeight) return;
+  row.style.scrollMarginTop = `${top}px`;
+  row.scrollIntoView({ block: stays ? "start" : "center" });
 }
 
 for (const name of opening?.knobs ?? []) addKnob(name);

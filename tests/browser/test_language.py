@@ -151,6 +151,17 @@ def test_it_writes_sixty_tokens_twice_with_the_same_dice(page):
         texts.append([page.inner_text("#alone"), page.inner_text("#adapted")])
     assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
     assert all(len(text) > len(page.input_value("#text")) + 60 for text in texts[0])
+    page.get_by_role("button", name="Shakespeare at 1").click()
+    age = page.get_by_text("Written at Bible 1, temperature 0.8; write again.")
+    age.wait_for()
+    assert page.locator(".stale .written").count() == 2
+    page.get_by_role("button", name="Bible at 1").click()  # back: it is not old any more
+    age.wait_for(state="hidden")
+    page.locator("#text").fill("And it came to pass")
+    age.wait_for()
+    page.get_by_role("button", name="Write sixty tokens").click()
+    age.wait_for(state="hidden")
+    assert page.locator(".stale").count() == 0
 
 
 def test_128_tokens_are_coloured_at_once(page):

@@ -352,18 +352,26 @@ def test_a_drawn_digit_is_read_wherever_and_however_large(page, zoom, dx, dy):
 def test_on_a_phone_the_answer_stands_beside_the_finger(open_tool):
     page = open_tool("playground", 390, 664, has_touch=True, is_mobile=True)
     page.get_by_role("button", name="Clear").tap()
+    hint = "Draw a digit as if it had fallen to the right, then turn rotated up."
+    assert page.inner_text("#story") == hint
     box, touch = page.locator("#paper").bounding_box(), page.context.new_cdp_session(page)
     at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in SEVEN]
     for i, (x, y) in enumerate(at):
         event = {"type": "touchMove" if i else "touchStart", "touchPoints": [{"x": x, "y": y}]}
         touch.send("Input.dispatchTouchEvent", event)
     assert read(page, "base") == "7" and page.evaluate("scrollY") == 0  # the finger is down
+    assert page.inner_text("#story") == hint
     for part in ("#says-base", "#says-lora", "#paper", "#knob-0"):
         box = page.locator(part).bounding_box()
         assert box["y"] >= 0 and box["y"] + box["height"] <= 664, part
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     page.locator("#knobs .knob").last.scroll_into_view_if_needed()
     assert page.locator("#says-lora").bounding_box()["y"] >= 0  # and beside the thumb
+    for example in page.locator("#tries button").all():
+        example.scroll_into_view_if_needed()
+        example.tap()
+        card, lit = (page.locator(part).bounding_box() for part in (".stage", ".turn-this"))
+        assert card["y"] + card["height"] < lit["y"] and lit["y"] + lit["height"] <= 664
 
 
 def test_the_keyboard_draws_and_turns_and_is_told_the_answer(page):
@@ -464,6 +472,11 @@ def test_each_example_shows_what_its_text_says(page):
         if name == "half":
             page.get_by_role("radio", name="rotated").check()
             assert read(page, "lora") == digit != read(page, "base")
+            page.get_by_role("button", name="test digit 5").click()
+            assert page.inner_text("#given") == "given rotated"  # it stays, and the card says so
+            page.get_by_role("button", name="Clear").click()
+            assert page.get_by_role("radio", name="upright").is_checked()
+            assert page.inner_text("#given") == "as the network gets it"
 
 
 RING = [(8, 4), (6, 0), (2, 0), (0, 4), (2, 8), (6, 8), (8, 3)]

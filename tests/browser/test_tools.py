@@ -294,6 +294,11 @@ def test_on_a_phone_the_answer_stays_while_a_control_changes(open_tool):
     page.locator("#optimizer").scroll_into_view_if_needed()
     box = page.locator("#verdict").bounding_box()
     assert page.evaluate("scrollY") > 200 and 0 <= box["y"] < 300
+    page.locator("#format").select_option("4 bits (QLoRA: NF4, scales rounded)")
+    assert page.locator("thead th").all_inner_texts() == ["in full", "QLoRA"]
+    for cell in page.locator("#table td").all():  # a gap, and no number is broken from its unit
+        look = "c => [parseFloat(getComputedStyle(c).paddingLeft), getComputedStyle(c).whiteSpace]"
+        assert cell.evaluate(look) == [12, "nowrap"]
 
 
 # The photograph
