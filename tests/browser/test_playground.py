@@ -367,6 +367,9 @@ def test_on_a_phone_the_answer_stands_beside_the_finger(open_tool):
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     page.locator("#knobs .knob").last.scroll_into_view_if_needed()
     assert page.locator("#says-lora").bounding_box()["y"] >= 0  # and beside the thumb
+    page.evaluate("arrive('scrambled')")  # the longest word fits
+    assert page.locator("#given").evaluate("e => e.scrollWidth <= e.clientWidth")
+    assert page.locator("#clear").evaluate("b => b.getBoundingClientRect().right") <= 372
     for example in page.locator("#tries button").all():
         example.scroll_into_view_if_needed()
         example.tap()

@@ -22,6 +22,7 @@ PAGES = ["index", "search", "play", "claims", *MAIN, *DEEPER]
 TOOLS = ["language", "playground", "rank", "memory", "404"]
 WIDTHS = [("index", 1280), ("claims", 1280), ("index", 390), ("claims", 390), (MAIN[0], 390)]
 WIDTHS += [pytest.param(name, 390, marks=pytest.mark.slow) for name in MAIN[1:]]
+WIDTHS += [pytest.param("deeper/07_inside_a_transformer", 390, marks=pytest.mark.slow)]
 
 
 @pytest.fixture
@@ -343,12 +344,14 @@ def test_the_search_is_in_sight_on_a_direct_visit(page, address):
 
 
 def test_first_page_fits_one_screen(page, address):
-    """On a desk: what it is, two ways to begin and the picture. On a phone: the picture begins."""
+    """On a desk: what it is, ways to begin and the picture. On a phone: the picture begins."""
     for width, height, part in ((1280, 900, 1), (390, 844, 0.5)):
         page.set_viewport_size({"width": width, "height": height})
         page.goto(f"{address}index.html")
         box = page.locator("article img").bounding_box()
         assert box["y"] + part * box["height"] <= height
+        for name in ("Turn the adapters", "Draw a digit"):
+            assert page.get_by_role("link", name=name, exact=True).bounding_box()["y"] < 560
     for name in NOTEBOOKS:
         assert page.locator(f"article li a.reference[href^='{name}']").is_visible()
         level = ".toctree-l2" if "/" in name else ".toctree-l1"
@@ -372,6 +375,12 @@ def test_the_tools_follow_the_site_into_the_dark(page, address):
         page.wait_for_url(f"**/{name}.html")
         assert page.get_attribute("html", "data-theme") == "dark"
         page.get_by_role("link", name="LoRA from the ground up").wait_for()
+        others = {"language", "playground", "rank", "memory"} - {name}
+        links = page.locator(".home a").evaluate_all("all => all.map((a) => a.innerText && a.href)")
+        assert {link.rpartition("/")[2] for link in links[1:]} == {f"{o}.html" for o in others}
+    page.goto(f"{address}index.html")
+    page.locator(".playground-link").get_by_role("link", name="Things to touch").click()
+    page.wait_for_url("**/play.html")
 
 
 def test_nothing_is_published_without_an_address():
