@@ -109,7 +109,7 @@ def test_a_tied_head_cannot_be_merged(unchanged):
 
 def test_two_steps_of_pretraining(tmp_path):
     make_language_model.main(str(tmp_path), "2")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert model.num_parameters() == 623_488 and model.dtype == torch.float16
     for file in tmp_path.iterdir():
         assert file.stat().st_mode & 0o777 == 0o644, file
@@ -356,7 +356,7 @@ def test_a_damaged_folder_is_named(damage, tmp_path):
     save(tiny("llama"), tmp_path)
     files = {"weights": "model.safetensors", "settings": "config.json"}
     (tmp_path / files.get(damage, "tokenizer.json")).write_text("version https://git-lfs", "utf-8")
-    with pytest.raises(OSError, match="is damaged: .") as caught:
+    with pytest.raises(OSError, match="(?s)is damaged: .") as caught:
         lora_tasks.load_language_model(str(tmp_path), CPU)
     assert str(tmp_path) in str(caught.value)
 
