@@ -75,9 +75,9 @@ class LoRALinear(LoRAFactors):
         super().__init__(base, rank, alpha, device)
         self.base = base
 
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output for x. Vectors are rows here, hence the transposes."""
-        h = self.base(x, *args, **kwargs)  # W₀x + b
+        h = self.base(x)  # W₀x + b
         if self.strength == 0:  # off: the base bit for bit, even where 0 · ∞ would be NaN
             return h
         x = x.to(self.lora_A.dtype)  # x may have 16 bits, the factors have 32
@@ -88,7 +88,7 @@ class LoRALinear(LoRAFactors):
         """W₀ + ΔW (out × in), for code that reads the weight instead of calling the layer."""
         W0 = self.base.weight
         if not W0.is_floating_point():
-            raise AttributeError  # packed into few bits: there is no such matrix
+            raise AttributeError("packed into few bits: there is no such matrix")
         return W0 if self.strength == 0 else (W0 + self.delta_W()).to(W0.dtype)
 
     # What else other code may read of a linear layer.
@@ -234,7 +234,8 @@ def _find_targets(model: nn.Module, targets: Iterable[str], load=False) -> dict[
         same = [n for n in linear if n == target or (n.endswith(f".{target}") and not load)]
         if not same:
             near = [n for n in linear if n.endswith(f".{target}") or target.endswith(f".{n}")]
-            there = ", ".join(near or dict.fromkeys(n.rpartition(".")[2] for n in linear)) or "none"
+            kinds = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+            there = ", ".join(near or kinds) or "none"
             raise ValueError(f"no linear layer is {target!r}; there are {there}")
         found |= {name: linear[name] for name in same}
     for name, layer in found.items():
@@ -346,7 +347,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(layers)}
     config |= {"lora_dropout": 0.0, "bias": "none", "inference_mode": True}
     # A copy travels with the weights: load_adapter sees whether the two files belong together.
-    metadata = {"format": "pt", CONFIG_FILE: json.dumps(config, default=float)}  # NumPy's, too
+    metadata = {"format": "pt", CONFIG_FILE: json.dumps(config, default=float)}  # NumPy's alpha
     if getattr(model, "name_or_path", ""):  # a model of transformers: for PEFT's Auto classes
         kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         config |= {"base_model_name_or_path": model.name_or_path, "auto_mapping": kind}
