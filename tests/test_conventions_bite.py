@@ -119,7 +119,7 @@ FAULTS = [
     ("seeded", edit("exact", new="torch.manual_seed(1)")),
     ("promises", edit("promises", "check", "print")),
     ("promises", put("promises", metadata={})),
-    ("solutions", put("answer", metadata={})),
+    ("closing", put("answer", metadata={})),
     ("links", edit("closing", new="[more](09_missing.ipynb#top)")),
     ("links", edit("closing", new='<img src="missing.png">')),
     ("numbers", edit("closing", new="It costs 0.26 %.")),

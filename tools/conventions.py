@@ -136,12 +136,12 @@ def neighbours(notebook: Notebook) -> Iterator[str]:
 
 @rule
 def closing(notebook: Notebook) -> Iterator[str]:
-    needed = ["You have seen"]
-    if not notebook.is_deeper:
-        needed += ["On Monday"]
+    needed = ["You have seen"] if notebook.is_deeper else ["You have seen", "On Monday"]
     for words in needed:
         if not any(words in source(cell) for cell in notebook.markdown):
             yield f"no Markdown cell says {words!r}"
+    if not notebook.is_deeper and not any("solution" in tags(cell) for cell in notebook.code):
+        yield "no cell has the tag `solution`"
 
 
 @rule
@@ -173,12 +173,6 @@ def promises(notebook: Notebook) -> Iterator[str]:
             yield "no cell checks a claim"
     elif "promises" not in tags(last) or "check(" not in source(last):
         yield "the last cell is not tagged `promises`, or checks nothing"
-
-
-@rule
-def solutions(notebook: Notebook) -> Iterator[str]:
-    if not notebook.is_deeper and not any("solution" in tags(cell) for cell in notebook.code):
-        yield "no cell has the tag `solution`"
 
 
 # What the cells hold
