@@ -3,6 +3,7 @@ import { drawCurve, HIGH, LOW, moveLine, STEPS, signed } from "./curve.js";
 import { $, element, storedBytes } from "./dom.js";
 import {
   arrivals,
+  chance,
   forward,
   group,
   largest,
@@ -14,8 +15,6 @@ import {
   standardise,
 } from "./network.js";
 import { asCanvas, drawingArea } from "./paper.js";
-
-const percent = (p) => (p > 0.995 ? ">99 %" : p < 0.005 ? "<1 %" : `${Math.round(100 * p)} %`);
 
 // --- What the page begins with, what comes later, and what the reader changes ----------------
 
@@ -349,8 +348,8 @@ const rows = Array.from({ length: 10 }, (_, digit) => {
     set(p, alone, isTop) {
       lora.style.transform = `scaleX(${p ?? 0})`;
       plain.style.transform = `scaleX(${alone ?? 0})`;
-      mixed.textContent = p === undefined ? "" : percent(p);
-      before.textContent = alone === undefined ? "" : percent(alone);
+      mixed.textContent = p === undefined ? "" : chance(p);
+      before.textContent = alone === undefined ? "" : chance(alone);
       row.classList.toggle("top", Boolean(isTop));
     },
   };
