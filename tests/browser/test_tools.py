@@ -398,6 +398,10 @@ def make_busy(page, name):
     elif name == "playground":
         page.evaluate("turnAll({rotated: 1, nines: -0.5})")
         page.locator("#curve .here").wait_for(state="attached")
+        assert not page.evaluate("""[...$("curve").querySelectorAll("text")].some((text) => {
+          const { x, width } = text.getBBox();
+          return x < 0 || x + width > $("curve").viewBox.baseVal.width;
+        })""")
         page.evaluate("tell('what is wrong', true)")
     elif name == "language":
         for kind in ("gain", "harder"):
