@@ -31,6 +31,7 @@ async function offerTools(words) {
   const page = new DOMParser().parseFromString(html, "text/html");
   const isSought = (item) => stems.every((stem) => beginsAs([stem]).test(item.textContent));
   const list = document.createElement("ul");
+  list.className = "tools";
   list.append(...[...page.querySelectorAll("article li")].filter(isSought));
   document.getElementById("search-results").before(list);
 }

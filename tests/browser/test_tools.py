@@ -374,6 +374,8 @@ def test_the_slider_shows_numbers_and_errors(open_tool, photo, truncated):
     assert np.abs(shown - truncated(50).clip(0, 255)).max() < 1.6
     look = page.evaluate("getComputedStyle(document.querySelector('#curve path'))")
     assert look["fill"] == "none" != look["stroke"]  # a line, not an area
+    box = open_tool("rank", 390, 664).locator("#rank").bounding_box()
+    assert box["y"] + box["height"] <= 664  # on a phone: picture and slider on one screen
     slider = page.get_by_role("slider", name="rank")
     slider.focus()
     page.keyboard.press("Home")
