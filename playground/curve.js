@@ -5,7 +5,7 @@ import { largest } from "./network.js";
 export const LOW = -1;
 export const HIGH = 2;
 export const STEPS = Array.from({ length: 61 }, (_, i) => LOW + i / 20);
-const BOX = { left: 46, right: 400, top: 10, bottom: 200 };
+const BOX = { left: 48, right: 400, top: 10, bottom: 200 };
 const toX = (strength) => BOX.left + ((strength - LOW) / (HIGH - LOW)) * (BOX.right - BOX.left);
 const toY = (p) => BOX.bottom - p * (BOX.bottom - BOX.top);
 export const signed = (number) => number.toFixed(2).replace("-", "−");
@@ -22,7 +22,7 @@ export function drawCurve(picture, curves, name, strength, hasOthers) {
     known.reduce((a, b) => (Math.abs(STEPS[b] - wanted) < Math.abs(STEPS[a] - wanted) ? b : a));
   const now = largest(curves[nearest(strength)]);
   const first = largest(curves[nearest(0)]);
-  const nodes = axes(name, hasOthers);
+  const nodes = axes(name);
   const importance = (digit) => 2 * (digit === now) + (digit === first);
   const digits = Array.from({ length: 10 }, (_, digit) => digit);
   for (const digit of digits.sort((a, b) => importance(a) - importance(b))) {
@@ -44,12 +44,13 @@ export function drawCurve(picture, curves, name, strength, hasOthers) {
   const said = known.map((i) => largest(curves[i]));
   const changes = [...known.keys()].filter((i) => i && said[i] !== said[i - 1]);
   const list = changes.map((i) => `, from ${signed(STEPS[known[i]])} on ${said[i]}`).join("");
+  const others = hasOthers ? " The other knobs stay as they are." : "";
   return changes.length
-    ? `At −1 of “${name}” the answer is ${said[0]}${list}.`
-    : `The answer is ${said[0]} at each strength of “${name}”.`;
+    ? `At −1 of “${name}” the answer is ${said[0]}${list}.${others}`
+    : `The answer is ${said[0]} at each strength of “${name}”.${others}`;
 }
 
-function axes(name, hasOthers) {
+function axes(name) {
   const nodes = [];
   const label = (text, x, y, anchor) =>
     nodes.push(svg("text", { x, y, "text-anchor": anchor }, `${text}`));
@@ -58,8 +59,7 @@ function axes(name, hasOthers) {
     label(`${100 * p} %`, BOX.left - 6, toY(p) + 4, "end");
   }
   for (const s of [-1, 0, 1, 2]) label(`${s}`.replace("-", "−"), toX(s), BOX.bottom + 18, "middle");
-  const more = hasOthers ? ", the other knobs as they stand" : "";
-  label(`strength of “${name}”${more}`, (BOX.left + BOX.right) / 2, BOX.bottom + 38, "middle");
+  label(`strength of “${name}”`, (BOX.left + BOX.right) / 2, BOX.bottom + 38, "middle");
   return nodes;
 }
 

@@ -10,7 +10,7 @@ import {
   readLlama,
   tokenBits,
 } from "./llama.js";
-import { group, readSafetensors, softmax } from "./network.js";
+import { chance, group, readSafetensors, softmax } from "./network.js";
 import { makeTokenizer } from "./tokenizer.js";
 
 const MOST = 128; // tokens: so many does the model look back on
@@ -28,8 +28,8 @@ const MIXES = {
   "too much Bible": [1.5, 0],
   "Bible, backwards": [-1, 0],
 };
-const signed = (number, digits = 1) =>
-  `${number < 0 ? "−" : "+"}${Math.abs(number).toFixed(digits)}`;
+const signed = (number) => `${number < 0 ? "−" : "+"}${Math.abs(number).toFixed(2)}`;
+const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 
 const { metadata, tensors } = readSafetensors(storedBytes());
 const shape = JSON.parse(metadata.shape);
@@ -44,7 +44,8 @@ let adapted = base; // with the adapters as the knobs stand
 let seed = 1;
 let tokens = [];
 let gains = []; // bits saved by the adapters, for each token but the first
-let chosen = -1; // the token that is told of; none at first
+let boxes = []; // [first, end] of the tokens that are shown as one: a letter may take several
+let chosen = -1; // the box that is told of; none at first
 
 // --- The words -------------------------------------------------------------------------------
 
@@ -58,18 +59,27 @@ let known = { text: null }; // what the base says of the text at hand: it stays 
 function show() {
   asked = false;
   tellAge();
+  showPressed("starts", $("text").value);
+  showPressed(
+    "mixes",
+    knobs.map(({ strength }) => strength),
+  );
   const text = $("text").value;
   if (text !== known.text) {
     const all = tokenizer.encode(text);
-    tokens = all.slice(0, MOST);
-    $("most").hidden = all.length <= MOST;
+    let end = Math.min(all.length, MOST);
+    while (end < all.length && tokenizer.isInside(all[end])) end--; // no half letter
+    tokens = all.slice(0, end);
+    $("most").hidden = end === all.length;
+    const starts = [...tokens.keys()].filter((i) => !tokenizer.isInside(tokens[i]));
+    boxes = starts.map((first, i) => [first, starts[i + 1] ?? end]);
     const logits = tokens.length ? forwardLlama(base, tokens) : [];
     known = {
       text,
       logits,
       bits: tokens.length ? tokenBits(logits, tokens, shape.vocabulary) : [],
     };
-    chosen = Math.min(chosen, tokens.length - 1);
+    chosen = Math.min(chosen, boxes.length - 1);
   }
   adapted = knobs.some(({ strength }) => strength)
     ? merged(
@@ -88,21 +98,21 @@ function show() {
   const bits = tokenBits(logits, tokens, shape.vocabulary);
   gains = known.bits.map((before, i) => before - bits[i]);
   showTokens();
-  const total = (numbers) => numbers.reduce((a, b) => a + b, 0);
-  const saved = total(gains);
-  const cost = `The model alone needs ${total(known.bits).toFixed(0)} bits for these words`;
-  $("sum").textContent =
-    adapted === base
+  const saved = sum(gains);
+  const cost = `The model alone needs ${sum(known.bits).toFixed(0)} bits for these words`;
+  $("sum").textContent = !gains.length
+    ? "The first token costs nothing: type more."
+    : adapted === base
       ? `${cost}. Turn an adapter up.`
       : `${cost}; with the adapters it needs ${Math.abs(saved).toFixed(0)} ${saved < 0 ? "more" : "fewer"}.`;
   showLikeliest(logits);
 }
 
 function showTokens() {
-  const spans = tokens.map((token, i) => {
-    const gain = i ? gains[i - 1] : 0; // nothing stands before the first
+  const spans = boxes.map(([first, end], i) => {
+    const gain = sum(ofBox(i, gains));
     const look = Math.abs(gain) < 0.1 ? "" : gain > 0 ? "gain" : "loss harder";
-    const span = element("span", { class: look }, tokenizer.decode([token]));
+    const span = element("span", { class: look }, tokenizer.decode(tokens.slice(first, end)));
     span.style.setProperty("--much", Math.min(1, Math.abs(gain) / 4).toFixed(2));
     span.addEventListener("click", () => choose(i));
     return span;
@@ -111,22 +121,30 @@ function showTokens() {
   choose(chosen);
 }
 
-/** Tell of one token in words and numbers: colour is not all. */
+/** What a box's tokens have of these numbers: nothing stands before the first token. */
+function ofBox(i, numbers) {
+  const [first, end] = boxes[i];
+  return numbers.slice(Math.max(0, first - 1), end - 1);
+}
+
+/** Tell of one box in words and numbers: colour is not all. */
 function choose(i) {
   if (i < 0) return;
   $("tokens").children[chosen]?.classList.remove("chosen");
   chosen = i;
   $("tokens").children[i]?.classList.add("chosen");
-  const name = `“${tokenizer.decode([tokens[i]]).replace(/\n/g, "↵")}”`;
+  const name = `“${tokenizer.decode(tokens.slice(...boxes[i])).replace(/\n/g, "↵")}”`;
+  const bits = sum(ofBox(i, known.bits));
+  const after = bits - sum(ofBox(i, gains));
   $("one").textContent = i
-    ? `${name}: ${known.bits[i - 1].toFixed(1)} bits alone, ${(known.bits[i - 1] - gains[i - 1]).toFixed(1)} with the adapters.`
+    ? `${name}: ${bits.toFixed(1)} bits alone, ${after.toFixed(1)} with the adapters.`
     : `${name} is the first: nothing stands before it.`;
 }
 $("tokens").addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (!step || !tokens.length) return;
   event.preventDefault();
-  choose(Math.min(tokens.length - 1, Math.max(0, chosen + step)));
+  choose(Math.min(boxes.length - 1, Math.max(0, chosen + step)));
 });
 
 function showLikeliest(logits) {
@@ -137,7 +155,7 @@ function showLikeliest(logits) {
       .slice(0, 5)
       .map((token) => {
         const piece = tokenizer.decode([token]).replace(/\n/g, "↵").replace(/^ /, "␣");
-        return [piece, `${Math.round(100 * p[token])} %`];
+        return [piece, chance(p[token])];
       });
   };
   const [alone, mixed] = [best(known.logits), best(logits)];
@@ -225,26 +243,27 @@ for (const [i, knob] of knobs.entries()) {
   $("knobs").append(element("div", { class: "knob" }, label, knob.value, knob.input));
 }
 function turn(knob, strength) {
-  const text = strength ? signed(strength, 2) : "off";
+  const text = strength ? signed(strength) : "off";
   knob.strength = strength;
   knob.input.value = strength;
   knob.input.style.setProperty("--value", (strength + 1) / 2.5);
   knob.input.setAttribute("aria-valuetext", text);
   knob.value.textContent = text;
-  for (const button of $("mixes").children) button.setAttribute("aria-pressed", "false");
   update();
 }
 
-/** Buttons that set something, one of which is pressed. */
+/** Buttons that set something. */
 function offer(id, choices, set) {
   for (const [name, value] of Object.entries(choices)) {
-    const button = element("button", { type: "button", "aria-pressed": "false" }, name);
-    button.addEventListener("click", () => {
-      set(value);
-      for (const other of $(id).children) other.setAttribute("aria-pressed", other === button);
-    });
+    const button = element("button", { type: "button", value: `${value}` }, name);
+    button.addEventListener("click", () => set(value));
     $(id).append(button);
   }
+}
+/** One is pressed while what it sets stands. */
+function showPressed(id, value) {
+  for (const button of $(id).children)
+    button.setAttribute("aria-pressed", button.value === `${value}`);
 }
 offer("starts", STARTS, (text) => {
   $("text").value = text;
@@ -255,10 +274,7 @@ offer("mixes", MIXES, (strengths) => {
     turn(knob, strengths[i] ?? 0);
   });
 });
-$("text").addEventListener("input", () => {
-  for (const button of $("starts").children) button.setAttribute("aria-pressed", "false");
-  update();
-});
+$("text").addEventListener("input", update);
 
 const size = Object.values(knobs[0].adapter.factors).reduce(
   (sum, { data }) => sum + data.length,

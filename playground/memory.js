@@ -83,6 +83,11 @@ const TARGETS = {
 };
 const DENSE = { "all three layers": ["fc1", "fc2", "fc3"], "the last layer, fc3": ["fc3"] };
 const ADAPTERS = { "32 bits (as PEFT makes them)": 4, "as the model": 2 };
+// What to try where LoRA does not fit, as it stands in notebook 6: the first that helps is told.
+const REMEDIES = {
+  checkpointing: { kept: KEPT[0] },
+  "frozen weights in 4 bits (QLoRA)": { format: Object.keys(FORMATS)[1] },
+};
 const CARDS = [8, 12, 16, 24, 32, 40, 48, 80];
 
 const whole = (number) => number.toLocaleString("en", { maximumFractionDigits: 0 });
@@ -229,11 +234,16 @@ function show() {
 function draw(shape, settings, card) {
   const { total: numbers, trained, full, lora } = bill(shape, settings);
   const room = usable(card);
+  const roomSays = `${(room / 1e9).toFixed(1)} of ${card} GB`;
   const way = settings.format === "as in training" ? "LoRA" : "QLoRA";
   const fits = (parts) => total(parts) <= room;
   const smallest = (parts) => CARDS.find((size) => total(parts) <= usable(size));
   const need = (parts) =>
     smallest(parts) ? `needs a card of ${smallest(parts)} GB` : "fits on none of these cards";
+  const remedy = Object.entries(REMEDIES).flatMap(([name, change]) => {
+    const { lora: less } = bill(shape, { ...settings, ...change });
+    return fits(less) ? [` With ${name} it takes ${unit(total(less))} and fits.`] : [];
+  });
   const most = largestBatch(shape, settings, "lora", room);
   const batch = most
     ? `The largest batch that fits is ${whole(most)}.`
@@ -242,10 +252,13 @@ function draw(shape, settings, card) {
   verdict.className = fits(lora) ? "fits" : "bad";
   verdict.replaceChildren(
     element("b", {}, fits(lora) ? `Yes, ${way} fits.` : `No, ${way} does not fit.`),
-    ` It takes ${unit(total(lora))} of a card of ${card} GB. ${batch}`,
-    fits(lora) ? "" : ` As it stands it ${need(lora)}.`,
+    ` It takes ${unit(total(lora))}; usable: ${roomSays}. ${batch}`,
+    fits(lora) ? "" : ` As it stands it ${need(lora)}.${remedy[0] ?? ""}`,
   );
-  $("in-full").textContent = `Full fine-tuning takes ${unit(total(full))}: it ${need(full)}.`;
+  $("room").textContent = `usable: ${roomSays}`;
+  const each = (full.weights + full.gradients + full.optimizer) / numbers;
+  $("in-full").textContent =
+    `Full fine-tuning takes ${unit(total(full))}, ${each.toFixed(0)} bytes of it for each weight: it ${need(full)}.`;
   drawBars({ "Full fine-tuning": full, [`${way}, r = ${settings.rank}`]: lora }, card);
   $("way").textContent = way;
   drawTable(full, lora);
@@ -274,7 +287,7 @@ function drawBars(bills, card) {
         piece.style.width = `${(100 * parts[part]) / most}%`;
         bar.append(piece);
       }
-      const mark = element("i", { class: "card-line", title: `${card} GB` });
+      const mark = element("i", { class: "card-line", title: $("room").textContent });
       mark.style.left = `calc(${line}% - 2px)`;
       bar.append(mark);
       const sides = [name, unit(total(parts))].map((text) => element("span", {}, text));
@@ -301,7 +314,7 @@ function drawTable(full, lora) {
 
 function notes(settings, lora) {
   const says = [
-    "Of the card, 5 % and half a gigabyte are left to the allocator and to CUDA: these two are assumed, not measured.",
+    "A GB is 10⁹ bytes. A tenth of the card is kept free, for the allocator and the driver: that is assumed, not measured. Most cards count in 2³⁰ bytes, so there is a little more room.",
   ];
   if (settings.format !== "as in training")
     says.push(
@@ -322,6 +335,9 @@ for (const part of PARTS) {
   const name = part === "peak" ? "at the peak" : part;
   $("key").append(element("span", {}, element("i", { class: part }), name));
 }
+$("key").append(
+  element("span", {}, element("i", { class: "room" }), element("span", { id: "room" })),
+);
 $("card").value = "24";
 readAddress();
 addEventListener("hashchange", readAddress);

@@ -13,8 +13,8 @@
 // Bytes of a trained number: as stored, its gradient, each number that the optimizer remembers of
 // it, and its copy in float32.
 export const RECIPES = {
-  "16 bits": { stored: 2, gradient: 2, remembered: 2, copy: 0 },
   "16 bits, with copies in 32 (mixed)": { stored: 2, gradient: 2, remembered: 4, copy: 4 },
+  "16 bits": { stored: 2, gradient: 2, remembered: 2, copy: 0 },
   "32 bits": { stored: 4, gradient: 4, remembered: 4, copy: 0 },
 };
 const IN_32 = RECIPES["32 bits"];
@@ -44,9 +44,9 @@ export const KEPT = [
   "all, with stored attention",
 ];
 
-// A card's memory is counted in units of 2^30. Of it CUDA itself takes about half a gigabyte, and
-// an allocator leaves some unused: 5 % is set aside.
-export const usable = (card) => 0.95 * card * 2 ** 30 - 0.5e9;
+// As in notebooks 6 and 9: a GB is 10^9 bytes, and a tenth of the card is kept free, for what an
+// allocator leaves unused and a GPU's driver takes.
+export const usable = (card) => 0.9 * card * 1e9;
 
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 

@@ -259,6 +259,10 @@ function distance(x, y, [ax, ay], [bx, by]) {
   return Math.hypot(x - ax - along * dx, y - ay - along * dy);
 }
 
+/** A probability as the pages show it. */
+export const chance = (p) =>
+  p > 0.995 ? ">99 %" : p < 0.005 ? "<1 %" : `${Math.round(100 * p)} %`;
+
 /** How a digit may arrive: where each of the 784 pixels of the result comes from. */
 export function arrivals(pixelOrder) {
   const all = Array.from({ length: 784 }, (_, i) => i);

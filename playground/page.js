@@ -3,6 +3,7 @@ import { drawCurve, HIGH, LOW, moveLine, STEPS, signed } from "./curve.js";
 import { $, element, storedBytes } from "./dom.js";
 import {
   arrivals,
+  chance,
   forward,
   group,
   largest,
@@ -15,14 +16,12 @@ import {
 } from "./network.js";
 import { asCanvas, drawingArea } from "./paper.js";
 
-const percent = (p) => (p > 0.995 ? ">99 %" : p < 0.005 ? "<1 %" : `${Math.round(100 * p)} %`);
-
 // --- What the page begins with, what comes later, and what the reader changes ----------------
 
 // The first digit, and its answers at each strength of one knob: they stand before the network.
 const opening = JSON.parse($("opening").textContent);
 let net = null; // {base, images, labels, examples}, once all has arrived
-let orders = { upright: [...Array(784).keys()] };
+let orders = arrivals([]);
 
 const knobs = []; // {name, adapter, strength, input, value, row}
 let image = null; // 784 numbers from 0 to 1
@@ -89,10 +88,11 @@ function show() {
   asked = false;
   if (isNew) image = rasterise(paper.strokes());
   isNew = false;
-  paper.paint(image);
+  const given = image && Float32Array.from(orders[arrival], (i) => image[i]);
+  paper.paint(given); // strokes stay as they were drawn
   const seen = $("seen").getContext("2d");
   seen.clearRect(0, 0, 28, 28);
-  if (image) seen.drawImage(asCanvas(Float32Array.from(orders[arrival], (i) => image[i])), 0, 0);
+  if (given) seen.drawImage(asCanvas(given), 0, 0);
   $("hint").hidden = Boolean(image);
   const answer = image && answers();
   $("says-base").textContent = answer ? largest(answer.alone) : image ? "…" : "–";
@@ -138,7 +138,10 @@ function tellStory(answer) {
 function drawn() {
   if (paper.strokes().length) {
     isNew = true;
-    if (label !== null || tried) newDigit("Your drawing.");
+    if (label !== null || tried) {
+      newDigit("");
+      arrive("upright"); // as it is drawn, until the reader turns it
+    }
     $("what").textContent = "Your drawing.";
   }
   update();
@@ -197,7 +200,10 @@ for (let digit = 0; digit < 10; digit++) {
 
 for (const name of ["upright", "rotated", "mirrored", "scrambled"]) {
   const input = element("input", { type: "radio", name: "arrive", value: name, disabled: "" });
-  input.addEventListener("change", () => arrive(name));
+  input.addEventListener("change", () => {
+    if (opening && tried === opening) newDigit(`A test digit: a ${label}.`, label);
+    arrive(name);
+  });
   $("arrive").append(element("label", {}, input, element("span", {}, name)));
 }
 function arrive(name) {
@@ -349,8 +355,8 @@ const rows = Array.from({ length: 10 }, (_, digit) => {
     set(p, alone, isTop) {
       lora.style.transform = `scaleX(${p ?? 0})`;
       plain.style.transform = `scaleX(${alone ?? 0})`;
-      mixed.textContent = p === undefined ? "" : percent(p);
-      before.textContent = alone === undefined ? "" : percent(alone);
+      mixed.textContent = p === undefined ? "" : chance(p);
+      before.textContent = alone === undefined ? "" : chance(alone);
       row.classList.toggle("top", Boolean(isTop));
     },
   };
@@ -442,19 +448,23 @@ function offerExamples() {
 /** Scroll to a knob that is out of sight, or below the card that stays on a phone. */
 function reveal(row) {
   const card = document.querySelector(".stage");
-  const stays = getComputedStyle(card).position === "sticky";
-  const top = stays ? card.offsetHeight + 8 : 0;
   const box = row.getBoundingClientRect();
+  const isAbove = box.left < card.getBoundingClientRect().right;
+  const stays = isAbove && getComputedStyle(card).position === "sticky";
+  const top = stays ? card.offsetHeight + 8 : 0;
   if (box.top >= top && box.bottom <= innerHeight) return;
   row.style.scrollMarginTop = `${top}px`;
   row.scrollIntoView({ block: stays ? "start" : "center" });
 }
 
 for (const name of opening?.knobs ?? []) addKnob(name);
-arrive("upright");
+arrive(opening ? "rotated" : "upright");
 if (opening) {
-  const pixels = atob(opening.pixels);
-  image = Float32Array.from(pixels, (letter) => letter.charCodeAt(0) / 255);
+  const lying = atob(opening.pixels);
+  image = new Float32Array(784);
+  orders.rotated.forEach((from, i) => {
+    image[from] = lying.charCodeAt(i) / 255;
+  });
   label = opening.digit;
   tried = opening;
   turned = knobs.find(isOfOpening);

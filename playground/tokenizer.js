@@ -45,6 +45,8 @@ export function makeTokenizer(vocabulary, merges) {
 
   return {
     encode: (text) => [...text.matchAll(WORDS)].flatMap(([word]) => split(word)),
+    /** Whether a token begins amid the bytes of a letter. */
+    isInside: (number) => (byteOf.get(pieces[number][0]) & 0xc0) === 0x80,
     /** The text of some tokens; half a letter shows as �. */
     decode(numbers) {
       const bytes = numbers.flatMap((n) => Array.from(pieces[n], (letter) => byteOf.get(letter)));

@@ -14,13 +14,33 @@ function unfold(some, open = true) {
   for (const fold of some) fold.open = open;
 }
 
-/** Mark each word of the article that begins as one of these does; return the marks. */
-function mark(words) {
+/** How the words begin that were sought. */
+function stemsOf(words) {
   const stemmer = new Stemmer();
   const beginnings = words.split(/[^\p{L}\p{N}]+/u).filter(Boolean);
-  const stems = beginnings.map((word) => stemmer.stemWord(word)).filter((stem) => stem.length > 1);
+  return beginnings.map((word) => stemmer.stemWord(word)).filter((stem) => stem.length > 1);
+}
+const beginsAs = (stems) =>
+  new RegExp(`(?<![\\p{L}\\p{N}])(?:${stems.join("|")})[\\p{L}\\p{N}]*`, "giu");
+
+/** Before what a search finds: the pages to touch whose description has all these words. */
+async function offerTools(words) {
+  const stems = stemsOf(words);
+  if (!stems.length) return;
+  const html = await (await fetch("play.html")).text();
+  const page = new DOMParser().parseFromString(html, "text/html");
+  const isSought = (item) => stems.every((stem) => beginsAs([stem]).test(item.textContent));
+  const list = document.createElement("ul");
+  list.className = "tools";
+  list.append(...[...page.querySelectorAll("article li")].filter(isSought));
+  document.getElementById("search-results").before(list);
+}
+
+/** Mark each word of the article that begins as one of these does; return the marks. */
+function mark(words) {
+  const stems = stemsOf(words);
   if (!stems.length) return [];
-  const wanted = new RegExp(`(?<![\\p{L}\\p{N}])(?:${stems.join("|")})[\\p{L}\\p{N}]*`, "giu");
+  const wanted = beginsAs(stems);
   const walker = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
   const texts = [];
   while (walker.nextNode()) texts.push(walker.currentNode);
@@ -56,8 +76,20 @@ function offerToUnfold() {
   title.after(button);
 }
 
+/** A figure leads to itself at its full size: on a phone its lettering is small. */
+function linkFigures() {
+  for (const image of document.querySelectorAll("article img")) {
+    if (image.closest("a")) continue;
+    const link = document.createElement("a");
+    link.href = image.src;
+    image.replaceWith(link);
+    link.append(image);
+  }
+}
+
 addEventListener("DOMContentLoaded", () => {
   if (searching) {
+    offerTools(new URLSearchParams(location.search).get("q") ?? "");
     // Excerpts of the article alone: the theme's pages begin with their table of contents.
     Search.htmlToText = (html) => {
       const page = new DOMParser().parseFromString(html, "text/html");
@@ -65,6 +97,7 @@ addEventListener("DOMContentLoaded", () => {
     };
     return;
   }
+  linkFigures();
   offerToUnfold();
   const marks = sought ? mark(sought) : [];
   unfold(folds().filter((fold) => fold.querySelector("mark")));

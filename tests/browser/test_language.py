@@ -128,9 +128,37 @@ def test_knobs_colour_the_words_and_say_it_in_numbers(page):
     for text in ("", "a", "日"):  # nothing, one token, several tokens of one letter
         page.locator("#text").fill(text)
         settle(page)
+        assert "�" not in page.inner_text("main")
+    text = "naïve 漢字 😀 привет"  # a box for each letter, whatever it takes of tokens
+    page.locator("#text").fill(text)
+    settle(page)
+    assert "".join(spans.all_inner_texts()) == text
+    spans.filter(has_text="😀").click()
+    cost = page.evaluate("known.bits.slice(...boxes[chosen].map((at) => at - 1))")
+    assert len(cost) == 4 and f"“😀”: {sum(cost):.1f} bits alone" in page.inner_text("#one")
     page.locator("#text").fill("a b c " * 100)
     settle(page)
     assert spans.count() == 128 and page.get_by_text("first 128 tokens").is_visible()
+
+
+def test_a_button_is_pressed_while_its_state_stands(page):
+    pressed = page.locator("[aria-pressed=true]")
+    assert pressed.all_inner_texts() == ["Mixed", "Bible at 1"]
+    page.locator("#text").fill("And God said unt")
+    settle(page)
+    shares = page.locator("#likeliest td").all_inner_texts()
+    assert "<1 %" in shares and "0 %" not in shares
+    page.get_by_role("button", name="Mixed").click()
+    page.get_by_role("button", name="Bible, backwards").click()
+    settle(page)
+    assert pressed.all_inner_texts() == ["Mixed", "Bible, backwards"]
+    page.get_by_role("slider", name="Shakespeare").fill("1.05")
+    page.locator("#text").fill("Emma was so ver")
+    settle(page)
+    assert pressed.count() == 0
+    page.get_by_role("slider", name="Shakespeare").fill("0")
+    settle(page)
+    assert pressed.all_inner_texts() == ["Bible, backwards"]
 
 
 def test_it_writes_sixty_tokens_twice_with_the_same_dice(page):

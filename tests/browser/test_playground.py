@@ -377,6 +377,15 @@ def test_on_a_phone_the_answer_stands_beside_the_finger(open_tool):
         assert card["y"] + card["height"] < lit["y"] and lit["y"] + lit["height"] <= 664
 
 
+def test_in_landscape_the_digit_stays_beside_the_knobs(open_tool):
+    page = open_tool("playground", 664, 390, has_touch=True, is_mobile=True)
+    for row in page.locator(".knob").all():
+        row.scroll_into_view_if_needed()
+        for part in (row, page.locator("#paper"), page.locator("#says-lora")):
+            box = part.bounding_box()
+            assert box["y"] >= 0 and box["y"] + box["height"] <= 390
+
+
 def test_the_keyboard_draws_and_turns_and_is_told_the_answer(page):
     page.locator("#paper").focus()
     page.keyboard.press("Delete")
@@ -419,6 +428,8 @@ def test_the_page_begins_with_a_misread_digit_and_one_knob(browser, tools, tmp_p
             alone = read(page, "base")
             assert alone == read(page, "lora") != digit
             assert f"the network says {alone}. Turn this up: rotated" in page.inner_text("#story")
+            assert page.get_by_role("radio", name="rotated").is_checked()
+            assert page.evaluate(APART) < 20
             page.locator("#curve path.now").wait_for(state="attached")
             page.get_by_role("slider", name="rotated").focus()
             for _ in range(15):
@@ -453,6 +464,15 @@ def test_an_old_curve_does_not_pass_for_the_new_one(page):
     assert states[-1] == [61, False]
 
 
+APART = """() => {
+  const of = (pen) => [...pen.getImageData(0, 0, 28, 28).data].filter((_, i) => i % 4 === 3);
+  const small = new OffscreenCanvas(28, 28).getContext("2d");
+  small.drawImage($("paper"), 0, 0, 28, 28);
+  const [large, seen] = [of(small), of($("seen").getContext("2d"))];
+  return large.reduce((sum, ink, i) => sum + Math.abs(ink - seen[i]), 0) / 784;
+}"""
+
+
 def test_each_example_shows_what_its_text_says(page):
     """The digit's answers: of the network, with the knobs as set up, with the knob turned."""
     says = {
@@ -470,8 +490,15 @@ def test_each_example_shows_what_its_text_says(page):
         start, digit = read(page, "lora"), page.inner_text("#what").split("a ")[1][0]
         assert page.evaluate("turned === knobs.find((k) => k.input === document.activeElement)")
         assert page.inner_text("#story") and page.locator(".turn-this").count() == 1
+        assert page.evaluate(APART) < 20, name  # enlarged, it is what the network gets
+        right = "e => e.getBoundingClientRect().right"
+        edge = page.locator(".stage").evaluate(right) - 15  # border and padding
+        assert page.locator("#clear").evaluate(right) <= edge, name
         page.evaluate("name => turn(turned, net.examples[name].target)", name)
         assert holds(digit, read(page, "base"), start, read(page, "lora")), name
+        if name == "rotated":  # a drawing is given as it is drawn
+            stroke(page, *SEVEN)
+            assert page.get_by_role("radio", name="upright").is_checked()
         if name == "half":
             page.get_by_role("radio", name="rotated").check()
             assert read(page, "lora") == digit != read(page, "base")

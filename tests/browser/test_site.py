@@ -130,8 +130,11 @@ def test_each_claim_shows_what_a_notebook_stored(page, address, site):
     )
     assert rows == [[*claim] for claim in claims] and len(rows) >= 12
     stored = [figure_of(Notebook(NOTEBOOKS[n]), cell) for n, cell in FIGURE.findall(text)]
-    shown = page.locator("article section section img").evaluate_all("all => all.map((i) => i.alt)")
+    figures = page.locator("article section section img")
+    shown = figures.evaluate_all("all => all.map((i) => i.alt)")
     assert shown == [figure["metadata"]["image/png"]["alt"] for figure in stored]
+    # On a phone its lettering is small: a tap opens it at its full size.
+    assert figures.evaluate_all("all => all.every((i) => i.closest('a')?.href === i.src)")
     images = [path.read_bytes() for path in site.glob("_images/*-*.png")]
     for figure in stored:
         assert base64.b64decode("".join(figure["data"]["image/png"])) in images
@@ -296,6 +299,10 @@ def search(page, address, words):
     page.goto(f"{address}index.html")
     page.locator(".search-button__button:visible").first.click()
     page.locator("input[type=search]:visible").fill(words)
+    assert page.locator("form.bd-search:visible").evaluate("""(form) => {
+      const [icon, input] = form.querySelectorAll("i, input");
+      return icon.getBoundingClientRect().right <= input.getBoundingClientRect().left + 12;
+    }""")  # no letter lies under the icon
     page.keyboard.press("Enter")
     return page.locator("#search-results li")
 
@@ -317,17 +324,20 @@ def test_a_search_leads_to_the_marked_words_in_an_open_fold(little, small, words
     assert little.locator("article mark").count() == 0
 
 
-def test_the_tools_are_found_by_their_words(page, address):
-    for words, name in (
-        ("calculator", "memory"),
-        ("photograph slider", "rank"),
-        ("Shakespeare knob", "language"),
-        ("QLoRA card", "memory"),
+def test_the_tools_are_found_by_their_words_before_the_notebooks(little, small):
+    for words, names in (
+        ("calculator", ["memory"]),
+        ("does it fit", ["memory"]),
+        ("QLoRA card", ["memory"]),
+        ("photograph slider", ["rank"]),
+        ("playground", ["language", "playground"]),
+        ("digits", ["playground"]),
+        ("merging", []),
     ):
-        link = search(page, address, words).get_by_role("link", name="Things to touch").first
-        link.click()
-        page.wait_for_url("**/play.html*")
-        page.locator(f"article a[href='{name}.html']").wait_for()
+        search(little, small, words).first.wait_for()
+        links = little.locator("main li a").evaluate_all("all => all.map((a) => a.href)")
+        tools = [f"{small}{name}.html" for name in names]
+        assert links[: len(tools)] == tools and not {*links[len(tools) :]} & {*tools}, words
 
 
 def test_the_search_is_in_sight_on_a_direct_visit(page, address):

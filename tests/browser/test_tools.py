@@ -181,6 +181,12 @@ def test_notebook_6_gives_the_same_bills(open_tool):
             sum(ours[part] for part in PARTS),
         ]
         assert [f"{size / 1e9:.1f}" for size in ours] == theirs[0].split(), line
+    [batches] = (c.outputs[0].text for c in cells if "bits: batch" in str(c.get("outputs")))
+    settings = "model=Qwen+3+4B&card=16&tokens=1024"
+    for bits, batch in re.findall(r"(\S+) bits: batch (\d+)", batches):  # its first exercise
+        stored = "as in training" if bits == "16" else "4.5 bits (NF4, scales as they are)"
+        page = open_tool(f"memory#{settings}&rank=4&format={stored}")
+        assert f"The largest batch that fits is {batch}." in page.inner_text("#verdict")
 
 
 def test_pefts_adapters_in_32_bits_keep_their_inputs(open_tool):
@@ -251,10 +257,17 @@ def test_a_gpt_keeps_what_autograd_keeps(open_tool, fused):
 def test_the_calculator_answers_for_a_card(open_tool):
     page = open_tool("memory")
     assert "Yes, LoRA fits." in page.inner_text("#verdict")
+    assert "takes 132 GB, 16 bytes of it for each weight" in page.inner_text("#in-full")
+    assert "usable: 21.6 of 24 GB" in page.inner_text("#key")  # beside the line's sign
     page.locator("#batch").fill("4")
     said = page.inner_text("#verdict")
     assert "No, LoRA does not fit." in said
-    assert "It takes 31.2 GB" in said and "it needs a card of 32 GB" in said
+    assert "It takes 31.2 GB; usable: 21.6 of 24 GB." in said and "needs a card of 40 GB" in said
+    assert "With frozen weights in 4 bits (QLoRA) it takes 20.8 GB and fits." in said
+    page.locator("#batch").fill("1")
+    page.locator("#kept").select_option("all, with fused attention")
+    assert "With checkpointing it takes 20.1 GB and fits." in page.inner_text("#verdict")
+    page.locator("#kept").select_option("one tensor a block (checkpointing)")
     page.locator("#format").select_option("4 bits (QLoRA: NF4, scales rounded)")
     most = int(re.search(r"largest batch that fits is (\d+)", page.inner_text("#verdict"))[1])
     for batch, answer in ((most, "Yes, QLoRA fits."), (most + 1, "No, QLoRA does not fit.")):
@@ -290,6 +303,10 @@ def test_own_numbers_say_what_is_wrong_and_stay_in_the_address(open_tool):
 def test_on_a_phone_the_answer_stays_while_a_control_changes(open_tool):
     page = open_tool("memory", width=390, height=664)
     assert page.locator("#verdict").bounding_box()["y"] < 400
+    sizes = "all => all.map((e) => parseFloat(getComputedStyle(e).fontSize))"
+    assert (
+        min(page.locator("select, input[type=number]").evaluate_all(sizes)) >= 16
+    )  # else it zooms
     page.locator("#optimizer").select_option("SGD")
     page.locator("#optimizer").scroll_into_view_if_needed()
     box = page.locator("#verdict").bounding_box()
@@ -357,6 +374,8 @@ def test_the_slider_shows_numbers_and_errors(open_tool, photo, truncated):
     assert np.abs(shown - truncated(50).clip(0, 255)).max() < 1.6
     look = page.evaluate("getComputedStyle(document.querySelector('#curve path'))")
     assert look["fill"] == "none" != look["stroke"]  # a line, not an area
+    box = open_tool("rank", 390, 664).locator("#rank").bounding_box()
+    assert box["y"] + box["height"] <= 664  # on a phone: picture and slider on one screen
     slider = page.get_by_role("slider", name="rank")
     slider.focus()
     page.keyboard.press("Home")
@@ -381,6 +400,10 @@ def make_busy(page, name):
     elif name == "playground":
         page.evaluate("turnAll({rotated: 1, nines: -0.5})")
         page.locator("#curve .here").wait_for(state="attached")
+        assert not page.evaluate("""[...$("curve").querySelectorAll("text")].some((text) => {
+          const { x, width } = text.getBBox();
+          return x < 0 || x + width > $("curve").viewBox.baseVal.width;
+        })""")
         page.evaluate("tell('what is wrong', true)")
     elif name == "language":
         for kind in ("gain", "harder"):
