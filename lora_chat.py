@@ -117,18 +117,20 @@ def load_chat_model(
 
     Raises:
         OSError: the model cannot be loaded from either place.
+        ImportError: the package is there, and a transformers that is too old for it.
         ValueError: the tokenizer has no chat template, or no token that ends an answer.
     """
     import transformers  # takes seconds
+    from transformers.utils.versions import require_version
 
     transformers.utils.logging.disable_progress_bar()
     source, options, unpack = name, {}, {}
     package = importlib.util.find_spec(PACKAGE)
     if name == CHAT_MODEL and package:
         source = package.submodule_search_locations[0]
+        require_version("transformers>=5.18", "before, transformers misread its end token")
         options = {"gguf_file": next(Path(source).glob("*.gguf")).name}
-        if hasattr(transformers, "GgufConfig"):  # or newer versions keep the four bits
-            unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+        unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         model = transformers.AutoModelForCausalLM.from_pretrained(
