@@ -75,9 +75,9 @@ class LoRALinear(LoRAFactors):
         super().__init__(base, rank, alpha, device)
         self.base = base
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Return the output for x. Vectors are rows here, hence the transposes."""
-        h = self.base(x)  # W₀x + b
+        h = self.base(x, *args, **kwargs)  # W₀x + b
         if self.strength == 0:  # off: the base bit for bit, even where 0 · ∞ would be NaN
             return h
         x = x.to(self.lora_A.dtype)  # x may have 16 bits, the factors have 32

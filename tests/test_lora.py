@@ -174,6 +174,17 @@ def test_modules_that_read_the_weight_and_do_not_call_the_layer_get_lora(trainin
         assert all(layer.lora_A.grad.any() for layer in lora.lora_layers(model).values())
 
 
+def test_further_arguments_go_to_the_base():
+    class Scaled(nn.Linear):
+        def forward(self, x, scale=1.0, shift=0.0):
+            return super().forward(x) * scale + shift
+
+    model, x = nn.Sequential(OrderedDict(fc0=Scaled(4, 4))), torch.randn(2, 4)
+    expected = model.fc0(x, 2.0, shift=1.0) + 0
+    trained(model, targets=["fc0"])
+    torch.testing.assert_close(model.fc0(x, 2.0, shift=1.0), expected + x @ model.fc0.delta_W().T)
+
+
 class Shapes(TorchDispatchMode):
     """Note the shape of each result that is no view."""
 
