@@ -147,7 +147,8 @@ def closing(notebook: Notebook) -> Iterator[str]:
 @rule
 def setup(notebook: Notebook) -> Iterator[str]:
     """The first code cell is the set-up cell, as in the first notebook."""
-    model, first = Notebook(min(notebook.main_path.glob("*.ipynb"))).code[0], notebook.code[0]
+    model = Notebook(min(notebook.main_path.glob("*.ipynb"))).code[0]
+    first = notebook.code[0]
     if (first["id"], source(first)) != ("setup", source(model)):
         yield "the first code cell is not the set-up cell of the first notebook"
 
@@ -349,15 +350,18 @@ def reading(notebook: Notebook) -> dict[str, float]:
     """
     met, code, text, skipped = 0, [], "", False
     for cell in notebook.cells:
+        kept = ""
         for part in re.split(r"^(?=## )", source(cell), flags=re.MULTILINE):
             if heading := re.match(r"## (.*)", part):
                 skipped = heading[1].startswith(("Exercise", "References"))
-            if not skipped and cell["cell_type"] == "markdown":
-                text += part + "\n"
-        if not skipped and cell.get("id") not in ("setup", "imports"):
-            met += 1
-            if cell["cell_type"] == "code" and "promises" not in tags(cell):
-                code.append(cell)
+            kept += "" if skipped else part
+        if not kept or cell["id"] in ("setup", "imports"):
+            continue
+        met += 1
+        if cell["cell_type"] == "markdown":
+            text += kept + "\n"
+        elif "promises" not in tags(cell):
+            code.append(cell)
     skip = r"<details>.*?</details>|\$\$.*?\$\$|\$[^$\n]+\$|\]\([^)\n]*\)"
     text = re.sub(skip, " x ", text, flags=re.DOTALL)
     counts = {

@@ -60,9 +60,6 @@ def one_per_core(function, tasks: list[tuple]) -> Iterator:
             pool.shutdown(cancel_futures=True)
 
 
-# run
-
-
 def run(paths: list[Path]) -> bool:
     """Execute the notebooks into build/; True if all of them passed."""
     passed = True
@@ -84,9 +81,6 @@ def build(path: Path, copy: Path) -> tuple[bool, str]:
 
 def write(path: Path, notebook: nbformat.NotebookNode) -> None:
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
-
-
-# refresh
 
 
 def refresh(paths: list[Path]) -> bool:
