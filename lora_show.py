@@ -115,9 +115,10 @@ def say(sentence: str) -> None:
     display(Markdown(sentence))
 
 
-def show_source(*things: type | Callable) -> None:
-    """Show the source code of classes or functions, highlighted."""
-    display(Markdown("```python\n" + "\n\n".join(map(getsource, things)) + "```"))
+def show_source(*things: type | Callable, fold: str = "") -> None:
+    """Show the source code of classes or functions, highlighted; with `fold`, under these words."""
+    code = "```python\n" + "\n\n".join(map(getsource, things)) + "```"
+    say(f"<details><summary>{fold}</summary>\n\n{code}\n\n</details>" if fold else code)
 
 
 # --- Colours and figures ----------------------------------------------------------------

@@ -167,6 +167,9 @@ def test_say_and_show_source_display_markdown(shown):
     sources = "\n\n".join(inspect.getsource(thing) for thing in things)
     assert shown.pop().data == f"```python\n{sources}```"
     assert shown.pop().data == "**42** parameters"
+    lora_show.show_source(*things, fold="The code")
+    folded = f"<details><summary>The code</summary>\n\n```python\n{sources}```\n\n</details>"
+    assert shown.pop().data == folded
 
 
 # --- Figures ---------------------------------------------------------------------------
