@@ -330,6 +330,7 @@ def test_the_tools_are_found_by_their_words_before_the_notebooks(little, small):
         ("calculator", ["memory"]),
         ("does it fit", ["memory"]),
         ("QLoRA card", ["memory"]),
+        ("Shakespeare knob", ["language"]),
         ("photograph slider", ["rank"]),
         ("playground", ["language", "playground"]),
         ("digits", ["playground"]),
