@@ -67,6 +67,12 @@ def test_elsewhere_it_finds_the_module(tmp_path, folder):
 # run, refresh and seeds
 
 
+@pytest.mark.parametrize("said, seconds", [("4 minutes", 240), ("45 s", 45), ("a while", 0)])
+def test_the_run_time_that_a_notebook_says(tmp_path, said, seconds):
+    (tmp_path / "a.ipynb").write_text(f"**Reading time** 9 minutes · **Run time** {said} on a CPU")
+    assert tool.run_time(tmp_path / "a.ipynb") == seconds
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A function that adds a notebook of these code cells to an empty project."""

@@ -26,9 +26,6 @@ NOTEBOOKS = ROOT / "notebooks"
 BUILD = ROOT / "build"
 
 
-# Executing
-
-
 def execute(path: Path, notebook: nbformat.NotebookNode) -> tuple[bool, str]:
     """Run all cells, as far as they go. Return whether none failed, and a line of report."""
     start = time.perf_counter()
@@ -61,14 +58,21 @@ def one_per_core(function, tasks: list[tuple]) -> Iterator:
 
 
 def run(paths: list[Path]) -> bool:
-    """Execute the notebooks into build/; True if all of them passed."""
+    """Execute the notebooks into build/, the longest first; True if all of them passed."""
     passed = True
+    paths = sorted(paths, key=run_time, reverse=True)  # no core waits for a long one at the end
     tasks = [(path, BUILD / path.relative_to(NOTEBOOKS)) for path in paths]
     for ok, report in one_per_core(build, tasks):
         print(report, flush=True)
         passed &= ok
     print(f"The executed notebooks are in {BUILD.name}/")
     return passed
+
+
+def run_time(path: Path) -> int:
+    """The seconds that a notebook says it takes; 0 if it says nothing."""
+    found = re.findall(r"\*\*Run time\*\* (\d+) (s|min)", path.read_text(encoding="utf-8"))
+    return sum(int(number) * {"s": 1, "min": 60}[unit] for number, unit in found)
 
 
 def build(path: Path, copy: Path) -> tuple[bool, str]:
@@ -170,9 +174,6 @@ def try_seed(path: Path, seed: int) -> tuple[str, int, list[str]]:
     ]
     failed = [line.removeprefix("✗ ") for line in lines if line.startswith("✗ ")]
     return path.stem, seed, failed + ([] if ok else [f"stopped: {report.splitlines()[-1]}"])
-
-
-# The command line
 
 
 def find_notebooks(names: list[str], deeper: bool) -> list[Path]:
