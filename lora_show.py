@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from inspect import getsource
+from itertools import accumulate
 
 import matplotlib.pyplot as plt
 import torch
@@ -235,19 +236,21 @@ def show_tokens(
     colors = LinearSegmentedColormap.from_list("gain", [COLORS["loss"], "white", COLORS["gain"]])
     scale = plt.cm.ScalarMappable(plt.Normalize(-largest, largest), colors)
     gain_of = [gain for piece, gain in zip(pieces, gains, strict=True) for _ in piece]
+    starts = set(accumulate(map(len, pieces), initial=0))
     lines, text = [[]], "".join(pieces)
     for i, letter in enumerate(text):
         word = re.match(r"\S*", text[i + 1 :])[0]
         if letter == "\n" or (letter == " " and len(lines[-1]) + len(word) >= 80):
             lines.append([])
         else:
-            lines[-1].append((letter, scale.to_rgba(gain_of[i])))
+            gap = 0.2 if i in starts else 0  # white, between tokens
+            lines[-1].append((letter, scale.to_rgba(gain_of[i]), gap))
     figure, ax = plt.subplots(figsize=(7, 1 + 0.2 * len(lines)))
     for y, line in enumerate(lines):
-        for x, (letter, color) in enumerate(line):
-            ax.add_patch(plt.Rectangle((x, y), 1, 1, color=color, linewidth=0))
+        for x, (letter, color, gap) in enumerate(line):
+            ax.add_patch(plt.Rectangle((x + gap, y), 1 - gap, 1, color=color, linewidth=0))
             ax.text(x + 0.5, y + 0.75, letter, ha="center", fontsize=10, family="monospace")
     ax.set(xlim=(0, 80), ylim=(len(lines), 0), xticks=[], yticks=[], frame_on=False, title=title)
     bar = figure.colorbar(scale, ax=ax, location="bottom", aspect=60, extend="both")
-    bar.set_label("bits lost (brown) or saved (green) on each token")
+    bar.set_label(f"bits lost (brown) or saved (green) on each token; colours end at ±{largest:g}")
     show_figure(alt)
