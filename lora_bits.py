@@ -205,7 +205,7 @@ class TimesQuantized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, delta: torch.Tensor) -> tuple:
-        # Under autocast δ has 16 bits, and W still 32.
+        # delta is the gradient at the output. Under autocast it has 16 bits, and W still 32.
         return delta @ ctx.layer.weight.to(delta.dtype), None  # none for the layer
 
 
