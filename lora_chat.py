@@ -212,7 +212,10 @@ def exact_matches(
 
 
 def make_batch(
-    tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[Pair], device: torch.device | str = "cpu"
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: Sequence[Pair],
+    device: torch.device | str = "cpu",
+    system: str = SYSTEM,
 ) -> Batch:
     """Return input_ids, attention_mask and labels, each pairs × tokens, padded on the left.
 
@@ -220,7 +223,8 @@ def make_batch(
     """
     rows = []
     for question, query in pairs:
-        prompt = tokenizer(chat_prompt(tokenizer, question), add_special_tokens=False).input_ids
+        prompt = chat_prompt(tokenizer, question, system)
+        prompt = tokenizer(prompt, add_special_tokens=False).input_ids
         ending = tokenizer(query + tokenizer.eos_token, add_special_tokens=False).input_ids
         rows.append((prompt + ending, [-100] * len(prompt) + ending))
     longest = max(len(tokens) for tokens, _ in rows)

@@ -137,6 +137,15 @@ def test_labels_cover_the_query_and_its_end_alone(loaded):
     assert is_padding.any() and (batch["labels"][is_padding] == -100).all()
 
 
+def test_a_batch_can_have_a_system_message_of_its_own(loaded):
+    _, tokenizer = loaded
+    [tokens] = lora_chat.make_batch(tokenizer, PAIRS[:1], system="Be brief.")["input_ids"]
+    text = tokenizer.decode(tokens)
+    assert "Be brief." in text and lora_chat.SYSTEM not in text
+    [usual] = lora_chat.make_batch(tokenizer, PAIRS[:1])["input_ids"]
+    assert lora_chat.SYSTEM in tokenizer.decode(usual)
+
+
 def test_the_loss_is_that_of_transformers(loaded):
     model, tokenizer = loaded
     batch = lora_chat.make_batch(tokenizer, PAIRS[:5])
