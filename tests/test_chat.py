@@ -304,6 +304,14 @@ def test_a_broken_run_is_found(loaded, finding):
     assert any(finding in sentence for sentence in found), found
 
 
+def test_another_rate_is_advised_only_when_nothing_else_is_found(loaded):
+    model, batch, losses = sound(loaded)
+    forget_in_optimizer(model, batch, losses)
+    losses[-1] = losses[0]
+    [found] = lora_chat.diagnose(model, batch, losses)
+    assert "B is still zero" in found
+
+
 def test_diagnose_changes_nothing(loaded, unchanged):
     model, batch, losses = sound(loaded)
     with unchanged(model):
