@@ -213,7 +213,7 @@ class LeanQuantizedLinear(QuantizedLinear):
     """A QuantizedLinear whose weight lives only while a product is computed."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x Wᵀ + b; nothing but x's shape and the layer is kept."""
+        """Return x Wᵀ + b; for the backward pass it keeps the layer alone."""
         product = TimesQuantized.apply(x, self)
         return product if self.bias is None else product + self.bias
 

@@ -98,7 +98,7 @@ class LoRALinear(LoRAFactors):
 
 
 class LoRAParametrization(LoRAFactors):
-    """LoRA as a function of the weight: W₀ ↦ W₀ + s·B·A, computed anew in each forward pass.
+    """LoRA as a function of the weight: W₀ ↦ W₀ + s·B·A with s = strength·α/r, at each use.
 
     Register it by hand, with `torch.nn.utils.parametrize.register_parametrization`.
     Then `layer.weight` is the sum, and W₀ stays in `layer.parametrizations.weight.original`.
