@@ -122,7 +122,7 @@ def main() -> None:
     for part in sys.argv[3:]:
         reports |= PARTS[part](folder, seed)
     (folder / f"measured{dist.get_rank()}.json").write_text(json.dumps(reports))
-    dist.destroy_process_group()
+    worker.leave_together()
 
 
 if __name__ == "__main__":

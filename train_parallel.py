@@ -209,6 +209,12 @@ def main() -> None:
     job = Job(**{field.name: options.pop(field.name) for field in fields(Job)})
     report = train(device=device, job=job, **options)
     (options["folder"] / f"process{dist.get_rank()}.json").write_text(json.dumps(report))
+    leave_together()
+
+
+def leave_together() -> None:
+    """Leave the group once all processes are done: gloo may abort one whose peers have left."""
+    dist.barrier()
     dist.destroy_process_group()
 
 

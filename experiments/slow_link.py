@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 from lora_tasks import RichBoyNet  # noqa: E402
 from measure_parallel import watch  # noqa: E402
-from train_parallel import Job  # noqa: E402
+from train_parallel import Job, leave_together  # noqa: E402
 
 # For each way to train, the speeds of the link in Mbit/s; 0 is as fast as the machine can.
 SPEEDS = {
@@ -89,7 +89,7 @@ def measure_here() -> None:
     watch(folder, Job(), steps=5)  # a warm-up
     found = [time_steps(folder, way, mbit) for way in speeds for mbit in speeds[way]]
     (folder / f"host{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def main():
         errors()
     found["writes"] = len(writes)
     (OUT / f"{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    worker.leave_together()
 
 
 if __name__ == "__main__":

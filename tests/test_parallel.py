@@ -284,11 +284,14 @@ def test_gpus_are_used_if_there_is_one_for_each_process(monkeypatch, tmp_path, g
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(worker, "train", lambda device, job, **_: used.append((device, job)) or {})
     fake = {"init_process_group": used.append, "get_rank": lambda: 1, "get_world_size": lambda: 2}
-    fake["destroy_process_group"] = lambda: None
+    left = []  # gloo may abort a process whose peers have left, so all leave together
+    fake["barrier"] = lambda: left.append("barrier")
+    fake["destroy_process_group"] = lambda: left.append("destroy")
     monkeypatch.setattr(worker, "dist", SimpleNamespace(**fake))
     worker.main()
     device = CPU if backend == "gloo" else torch.device("cuda", 1)
     assert used == [backend, (device, worker.Job(rank=3))]
+    assert left == ["barrier", "destroy"]
     assert (tmp_path / "process1.json").exists()
 
 
