@@ -225,16 +225,38 @@ for name in ("full", TWO_WEIGHTS):
         ks = range(guess - 1, guess + 2)
         METHODS[own_rate_name(name, times)] = Method(own_rate(METHODS[name].change, factor), ks)
 LONG = ", 200 batches"
-RUN_LONG = ["full", TWO_WEIGHTS, "r = 64, α = 512", "r = 64, α = 16"]
-RUN_LONG += [own_rate_name("full", "1/16"), "r = 256, α = 4096", "r = 128, α = 2048"]
-RUN_LONG += [own_rate_name(TWO_WEIGHTS, "1/16")]
-for name in RUN_LONG:
-    METHODS[name + LONG] = Method(METHODS[name].change, range(-1, -1), 200)
+LONG_ALPHAS = {
+    64: (16, 32, 128, 256, 512, 1024, 2048),
+    128: (1024, 2048, 4096, 8192),
+    256: (2048, 4096, 8192, 16384),
+}
+LONG_FC1 = ("1/64", "1/16", "1/4")
+for name in ("full", TWO_WEIGHTS):
+    METHODS[name + LONG] = METHODS[name]._replace(batches=200)
+    for times in LONG_FC1:
+        own = own_rate_name(name, times)
+        METHODS[own + LONG] = METHODS[own]._replace(batches=200)
+for rank, alphas in LONG_ALPHAS.items():
+    for alpha in alphas:
+        guess = round(-0.5 * math.log2(alpha / 16))
+        METHODS[lora_name(rank, alpha) + LONG] = Method(
+            lora(rank, alpha), range(guess - 1, guess + 2), 200
+        )
 
 
 def own_rate_names(name: str) -> list[str]:
     """A method at one rate, then with those of fc1 that were tried."""
     return [name, *(own_rate_name(name, times) for times in FC1)]
+
+
+def long_names(rank: int) -> list[str]:
+    """LoRA of a rank in the long runs, with each α that was tried there."""
+    return [lora_name(rank, alpha) + LONG for alpha in LONG_ALPHAS[rank]]
+
+
+def long_own_rate_names(name: str) -> list[str]:
+    """A method in the long runs, with each rate of fc1 that was tried there."""
+    return [own_rate_name(name, times) + LONG for times in LONG_FC1]
 
 
 def rate_key(k: int) -> str:
@@ -371,10 +393,15 @@ def main() -> None:
             sweep.test_best(name, FEW)
     for name in ("full", TWO_WEIGHTS):
         sweep.test_best(sweep.best(own_rate_names(name)), MANY)
-    for name in RUN_LONG:  # begin at the best rate of the short run
-        k = round(math.log2(best_rate(sweep.chosen[name]) / 0.01))
-        sweep.search(name + LONG, [k - 1, k, k + 1])
-        sweep.test_best(name + LONG, FEW)
+    for name in filter(lambda name: name.endswith(LONG), METHODS):
+        k = METHODS[name].ks[1]
+        if short := sweep.chosen.get(name.removesuffix(LONG)):  # begin at its best rate
+            k = round(math.log2(best_rate(short) / 0.01))
+        sweep.search(name, [k - 1, k, k + 1])
+    shown = [name + LONG for name in ("full", TWO_WEIGHTS, "r = 64, α = 16", "r = 64, α = 32")]
+    shown += [sweep.best(long_own_rate_names(name)) for name in ("full", TWO_WEIGHTS)]
+    for name in shown + [sweep.best(long_names(rank)) for rank in LONG_ALPHAS]:
+        sweep.test_best(name, MANY)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 python experiments/sweep_reward.py [MINUTES]   writes data/reward.json, goes on where it stopped
 
 The reward: marked tokens (those with an "e") and others take turns. Every method trains with the
-same leash BETA, on the same prompts under the same seed. The seed CHOICE chooses each method's rate
-on validation prompts, by reward − BETA · KL. The seeds RESULT took no part in the choice and are
-measured on test prompts. Some methods are also tested at other rates, so that methods can be
-compared at equal distance from the base. A run that has lasted MINUTES stores what it has and ends.
+same leash BETA, on the same prompts under the same seed, for 60, 240 and 960 steps of 128 answers.
+For each number of steps the seed CHOICE chooses each method's rate on validation prompts, by
+reward − BETA · KL; it goes on by factors of two until the best rate has a worse one on both sides.
+The seeds RESULT took no part in the choice and are measured on test prompts. Runs of 240 steps are
+also tested at half and twice the chosen rate, so that methods can be compared at equal distance
+from the base. A run that has lasted MINUTES stores what it has and ends.
 """
 
 import copy
@@ -47,11 +49,13 @@ from lora_tasks import (  # noqa: E402
 from lora_utils import add_lora, count_parameters  # noqa: E402
 
 BOOK = "austen_prideandprejudice"
-LENGTH, STEPS, BETA = 2, 60, 0.1
+LENGTH, BETA = 2, 0.1
+ALL_STEPS = (60, 240, 960)
+STEPS = 240  # of the controls
 CONTROL = "rank 4, shuffled"
 CHOICE, RESULT = 0, (100, 101, 102, 103, 104)
-DISTANCE = (("rank 1", 0.08), ("rank 4", 0.04), ("full", 0.001), ("full", 0.002))
-LETTER_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+OTHER_RATES = ("bias", "rank 1", "rank 4", "all weights")
+WIDE = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 # --- What is trained: each function changes the model in place ----------------------------------
 
@@ -100,12 +104,12 @@ def everything(model) -> None:
 
 
 METHODS = {  # what is trained, and the rates to begin with
-    "13 numbers": (thirteen, (0.03, 0.1)),
-    "bias": (bias, (0.15, 0.3)),
-    "rank 1": (lora(1), (0.02, 0.04)),
-    "rank 4": (lora(4), (0.02, 0.04)),
-    "full": (everything, (1e-3, 2e-3)),
-    "rejection, rank 4": (lora(4), (0.005, 0.01)),
+    "13 numbers": (thirteen, WIDE),
+    "bias": (bias, (0.05, 0.1)),
+    "rank 1": (lora(1), (0.01, 0.02)),
+    "rank 4": (lora(4), (0.01, 0.02)),
+    "all weights": (everything, (1e-3, 2e-3)),
+    "rejection, rank 4": (lora(4), (0.01, 0.02)),
 }
 
 
@@ -162,6 +166,12 @@ def banned(base, marked, prompts, samples: int) -> tuple[float, float]:
 # --- The sweep -----------------------------------------------------------------------------------
 
 
+def best_rate(tried: dict) -> float:
+    """The rate with the most reward − BETA · KL, of those tried."""
+    best = max(tried, key=lambda rate: tried[rate]["reward"] - BETA * tried[rate]["kl"])
+    return float(best)
+
+
 class Sweep:
     def __init__(self):
         path = DATA / "reward.json"
@@ -205,89 +215,90 @@ class Sweep:
         rounded = [round(p, 4) for p in success.tolist()]
         self.found["base"] = {"success": rounded, "austen": self.austen(self.base)}
         self.found["ban"] = {"reward": ban, "kl": round(kl, 4)}
+        self.found["numbers"] = {}
+        for method, (change, _) in METHODS.items():
+            model = copy.deepcopy(self.base)
+            change(model)
+            self.found["numbers"][method] = count_parameters(model).trainable
 
-    def choose(self, method: str, rate: float) -> None:
-        model = self.train(method, rate, CHOICE, STEPS * 2 // 3, self.reward)
-        result = self.measure(model, self.validation, 32)
-        self.found["choice"].setdefault(method, {})[f"{rate:g}"] = result
+    def tried(self, steps: int, method: str) -> dict:
+        """What was measured at each rate on validation prompts."""
+        return self.found["choice"].setdefault(str(steps), {}).setdefault(method, {})
 
-    def value(self, method: str, rate: str) -> float:
-        result = self.found["choice"][method][rate]
-        return result["reward"] - BETA * result["kl"]
+    def choose(self, steps: int, method: str, rate: float) -> None:
+        model = self.train(method, rate, CHOICE, steps, self.reward)
+        result = self.measure(model, self.validation, 64)
+        self.tried(steps, method)[f"{rate:g}"] = result
+        print(steps, method, rate, result, flush=True)
 
-    def next_rates(self, method: str) -> list[float]:
-        """The rates that are missing: on by factors of two until the best lies inside, or six."""
-        tried = self.found["choice"].get(method, {})
+    def next_rates(self, steps: int, method: str) -> list[float]:
+        """The rates that are missing: on by factors of two until the best lies inside."""
+        tried = self.tried(steps, method)
         if missing := [rate for rate in METHODS[method][1] if f"{rate:g}" not in tried]:
             return missing
-        if len(tried) >= 6:
+        if METHODS[method][1] == WIDE:
             return []
-        best = float(self.best_rate(method))
+        best = best_rate(tried)
         return [rate for rate in (best / 2, best * 2) if f"{rate:g}" not in tried]
 
-    def best_rate(self, method: str) -> str:
-        tried = self.found["choice"][method]
-        return max(tried, key=lambda rate: self.value(method, rate))
-
-    def test_run(self, name: str, seed: int, reward: Reward) -> None:
+    def test_run(self, steps: int, name: str, rate: float, seed: int) -> None:
+        """Train and measure one run that the notebook shows."""
         method = name.removesuffix(", shuffled")
-        rate = float(self.best_rate(method))
-        model = self.train(method, rate, seed, STEPS, reward)
+        reward = shuffled(self.reward) if name == CONTROL else self.reward
+        model = self.train(method, rate, seed, steps, reward)
         result = self.measure(model, self.test, 32) | {"austen": self.austen(model)}
-        start = copy.deepcopy(self.base)
-        METHODS[method][0](start)
-        entry = {"numbers": count_parameters(start).trainable, "rate": rate, "runs": {}}
-        entry = self.found["test"].setdefault(name, entry)
-        entry["runs"][str(seed)] = result
-        print(name, rate, seed, result, flush=True)
+        self.runs(steps, name, rate)[str(seed)] = result
+        print(steps, name, rate, seed, result, flush=True)
 
-    def test_distance(self, method: str, rate: float, seed: int) -> None:
-        """Test a method at a rate that was not its best, to reach another distance."""
-        model = self.train(method, rate, seed, STEPS, self.reward)
-        result = self.measure(model, self.test, 32) | {"austen": self.austen(model)}
-        name = f"{method} at {rate:g}"
-        self.found.setdefault("distance", {}).setdefault(name, {})[str(seed)] = result
-        print(name, seed, result, flush=True)
+    def runs(self, steps: int, name: str, rate: float) -> dict:
+        """The tested runs of a method at a rate, one for each seed."""
+        rates = self.found["test"].setdefault(str(steps), {}).setdefault(name, {})
+        return rates.setdefault(f"{rate:g}", {})
 
     def test_letter(self) -> None:
         """Can 13 numbers learn at all? A reward that needs no context: no token is marked."""
         reward = reward_without(self.marked)
         choice, runs = {}, {}
-        for rate in LETTER_RATES:
-            model = self.train("13 numbers", rate, CHOICE, STEPS * 2 // 3, reward)
-            choice[f"{rate:g}"] = self.measure(model, self.validation, 32, reward)
-        best = max(choice, key=lambda rate: choice[rate]["reward"] - BETA * choice[rate]["kl"])
+        for rate in WIDE:
+            model = self.train("13 numbers", rate, CHOICE, STEPS, reward)
+            choice[f"{rate:g}"] = self.measure(model, self.validation, 64, reward)
+        rate = best_rate(choice)
         for seed in RESULT:
-            model = self.train("13 numbers", float(best), seed, STEPS, reward)
+            model = self.train("13 numbers", rate, seed, STEPS, reward)
             runs[str(seed)] = self.measure(model, self.test, 32, reward)
         base = self.measure(self.base, self.test, 512, reward)["reward"]
-        self.found["letter"] = {"base": base, "choice": choice, "rate": float(best), "runs": runs}
+        self.found["letter"] = {"base": base, "choice": choice, "rate": rate, "runs": runs}
         print(self.found["letter"], flush=True)
 
     def jobs(self):
         """Yield what is still to do, one training after the other."""
         if not self.found["base"]:
             yield self.begin
-        for method in METHODS:
-            while rates := self.next_rates(method):
-                yield lambda method=method, rate=rates[0]: self.choose(method, rate)
-            print(method, self.found["choice"][method], flush=True)
-        for seed in RESULT:
-            for name in METHODS:
-                if str(seed) not in self.found["test"].get(name, {"runs": ()})["runs"]:
-                    yield lambda n=name, seed=seed: self.test_run(n, seed, self.reward)
-            if str(seed) not in self.found["test"].get(CONTROL, {"runs": ()})["runs"]:
-                yield lambda seed=seed: self.test_run(CONTROL, seed, shuffled(self.reward))
-            for method, rate in DISTANCE:
-                if str(seed) not in self.found.get("distance", {}).get(f"{method} at {rate:g}", {}):
-                    yield lambda m=method, r=rate, s=seed: self.test_distance(m, r, s)
+        for steps in ALL_STEPS:
+            tests = []
+            for method in METHODS:
+                while rates := self.next_rates(steps, method):
+                    yield lambda s=steps, m=method, rate=rates[0]: self.choose(s, m, rate)
+                rate = best_rate(self.tried(steps, method))
+                rates = [rate]
+                if steps == STEPS and method in OTHER_RATES:
+                    rates += [rate / 2, rate * 2]
+                tests += [(method, rate) for rate in rates]
+                if steps == STEPS and CONTROL.startswith(method):
+                    tests.append((CONTROL, rate))
+            for name, rate in tests:
+                for seed in RESULT:
+                    if str(seed) not in self.runs(steps, name, rate):
+                        yield lambda s=steps, n=name, r=rate, k=seed: self.test_run(s, n, r, k)
         if "letter" not in self.found:
             yield self.test_letter
 
     def write(self) -> None:
         facts = {
-            "kl": "nats per answer on 64 prompts; choice: 40 steps, validation prompts",
-            "settings": {"length": LENGTH, "steps": STEPS, "beta": BETA},
+            "kl": "nats per answer on 64 prompts",
+            "choice": "on validation prompts: steps, method, rate",
+            "test": "on test prompts: steps, method, rate, seed",
+            "settings": {"length": LENGTH, "beta": BETA},
         }
         store("reward.json", self.found, self.earlier + time.process_time(), **facts)
 

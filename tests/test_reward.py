@@ -260,9 +260,7 @@ def test_no_stored_run_crosses_the_floor():
     found = STORED["results"]
     base = torch.tensor(found["base"]["success"])
     base = base + 3 * (base / 512).sqrt()  # by no more than that it was measured too low
-    runs = [run for entry in found["test"].values() for run in entry["runs"].values()]
-    runs += [run for entry in found["distance"].values() for run in entry.values()]
-    for run in [*runs, found["ban"]]:
+    for run in [*(run for _, _, _, runs in stored_runs() for run in runs.values()), found["ban"]]:
         q = run["reward"] - 3 * (run["reward"] * (1 - run["reward"]) / 2048) ** 0.5
         for beta in (10, 3, 1, 0.5, 0.3, 0.2, 0.15, 0.1):
             success, kl = lora_reward.best_model(base.clamp(max=0.999), beta)
@@ -273,21 +271,36 @@ def test_no_stored_run_crosses_the_floor():
 # The sweep
 
 
+def stored_runs():
+    """Yield steps, method, rate and runs, one for each seed, of all that was tested."""
+    for steps, methods in STORED["results"]["test"].items():
+        for method, rates in methods.items():
+            for rate, runs in rates.items():
+                yield steps, method, rate, runs
+
+
 def test_the_sweep_holds_what_the_notebook_needs():
     found = STORED["results"]
-    numbers = {name: entry["numbers"] for name, entry in found["test"].items()}
+    numbers = found["numbers"]
     assert numbers["13 numbers"] == 13
     assert (numbers["bias"], numbers["rank 1"], numbers["rank 4"]) == (1024, 6528, 26112)
-    seeds = {tuple(entry["runs"]) for entry in [*found["test"].values(), found["letter"]]}
-    seeds |= {tuple(runs) for runs in found["distance"].values()}
-    assert len(found["distance"]) == len(sweep_reward.DISTANCE)
+    seeds = {tuple(runs) for _, _, _, runs in stored_runs()} | {tuple(found["letter"]["runs"])}
     assert seeds == {tuple(str(seed) for seed in sweep_reward.RESULT)}
-    for method, tried in found["choice"].items():  # the best rate lies inside
-        value = {float(r): x["reward"] - sweep_reward.BETA * x["kl"] for r, x in tried.items()}
-        best = max(value, key=value.get)
-        inside = min(value) < best < max(value)
-        assert inside or len(value) >= 6, method  # 13 numbers: no rate is good
-        assert found["test"][method]["rate"] == best
+    assert list(found["choice"]) == [str(steps) for steps in sweep_reward.ALL_STEPS]
+
+
+@pytest.mark.parametrize("steps", STORED["results"]["choice"])
+@pytest.mark.parametrize("method", sweep_reward.METHODS)
+def test_each_rate_was_chosen_between_worse_ones(method, steps):
+    found = STORED["results"]
+    tried = {float(rate): run for rate, run in found["choice"][steps][method].items()}
+    value = {rate: run["reward"] - sweep_reward.BETA * run["kl"] for rate, run in tried.items()}
+    best = max(value, key=value.get)
+    if method == "13 numbers":  # no rate is good
+        assert max(value) >= 1000 * min(value)
+    else:
+        assert min(value) < best < max(value)
+    assert f"{best:g}" in found["test"][steps][method]
 
 
 @pytest.mark.parametrize("method", sweep_reward.METHODS)
