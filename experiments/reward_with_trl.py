@@ -43,8 +43,8 @@ def reward(completions, table, **_):
     for completion, wanted in zip(completions, table, strict=True):
         text = completion[0]["content"].strip()
         query = QUERY.fullmatch(text)
-        is_right = query and query[1] == wanted
-        rewards.append(1.0 if is_right else 0.5 * text.startswith(wanted))
+        has_form = query and query[1] == wanted
+        rewards.append(1.0 if has_form else 0.5 * text.startswith(wanted))
     return rewards
 
 

@@ -4,10 +4,11 @@ python experiments/sweep_rates.py
 
 A run adapts notebook 3's base to rotated digits, with 50 batches of 64. For each method the search
 of the rate starts at a guess and goes on by factors of 2 until the best rate lies between two
-worse ones: errors in 2,000 validation digits, the mean of two seeds. Then the method runs at that
-rate with fresh seeds, and errors are counted on all 10,000 test digits. Where a rank is tested at
-its best α, validation has chosen the α, too: of two that tie, the smaller. At each rank α was tried
-on both sides of the best one.
+worse ones: errors in 2,000 validation digits (in the long runs 10,000), the mean of two seeds.
+Where the rule for LoRA's rate, 0.01·√(16/α), falls halfway between two of these rates, it is
+tried, too. Then the method runs at its best rate with fresh seeds, and errors are counted on all
+10,000 test digits. Where a rank is tested at its best α, validation has chosen the α, too: of two
+that tie, the smaller. At each rank α was tried on both sides of the best one.
 
 α is a second knob that full fine-tuning lacks. So full fine-tuning, and its two large weights
 alone, are also tried with one: a rate of its own for fc1.
@@ -188,11 +189,17 @@ FC1 = ("1/64", "1/16", "1/4", "4")  # the rate of fc1 as a multiple of the other
 
 
 class Method(NamedTuple):
-    """What to change, which rates to begin with (0.01·2^k), how many batches."""
+    """What to change, which rates to begin with (0.01·2^k), how many batches, the rule's rate."""
 
     change: Change
     ks: range
     batches: int = 50
+    rule: float | None = None  # k again
+
+
+def rule_k(alpha: float) -> float:
+    """The rule's rate as 0.01·2^k: four times the α, half the rate."""
+    return -0.5 * math.log2(alpha / 16)
 
 
 METHODS = {
@@ -201,13 +208,13 @@ METHODS = {
 }
 for rank, alphas in ALPHAS.items():
     for alpha in alphas:
-        guess = round(-0.5 * math.log2(alpha / 16))  # four times the α, half the rate
+        guess = round(rule_k(alpha))
         ks = range(-4, 3) if alpha == 16 else range(guess - 1, guess + 2)
         if rank == 8 and alpha <= 256:  # deeper/05 shows all of these at one rate, 0.005
             ks = range(min(ks[0], -1), max(ks[-1], -1) + 1)
         if rank > 1 and alpha == 16 * rank**0.5:  # rsLoRA: deeper/05 shows its curves
             ks = range(-4, 2)
-        METHODS[lora_name(rank, alpha)] = Method(lora(rank, alpha), ks)
+        METHODS[lora_name(rank, alpha)] = Method(lora(rank, alpha), ks, rule=rule_k(alpha))
 METHODS |= {
     "r = 8, A std 1": Method(lora(8, 16, large_A), range(-4, -1)),
     **{f"r = {r}, A frozen": Method(lora(r, 16, frozen_A), range(1, 4)) for r in (1, 8, 64, 256)},
@@ -238,9 +245,9 @@ for name in ("full", TWO_WEIGHTS):
         METHODS[own + LONG] = METHODS[own]._replace(batches=200)
 for rank, alphas in LONG_ALPHAS.items():
     for alpha in alphas:
-        guess = round(-0.5 * math.log2(alpha / 16))
+        guess = round(rule_k(alpha))
         METHODS[lora_name(rank, alpha) + LONG] = Method(
-            lora(rank, alpha), range(guess - 1, guess + 2), 200
+            lora(rank, alpha), range(guess - 1, guess + 2), 200, rule_k(alpha)
         )
 
 
@@ -259,7 +266,7 @@ def long_own_rate_names(name: str) -> list[str]:
     return [own_rate_name(name, times) + LONG for times in LONG_FC1]
 
 
-def rate_key(k: int) -> str:
+def rate_key(k: float) -> str:
     """The rate 0.01·2^k, as it is written in the file."""
     return f"{0.01 * 2.0**k:.6g}"
 
@@ -282,7 +289,8 @@ class Sweep:
     def __init__(self):
         train, validation, test = load_mnist(torch.device("cpu"))
         self.train, self.test = rotate(train), rotate(test)
-        self.validation = rotate(subset(validation, slice(2000)))
+        self.validation = rotate(validation)
+        self.part = subset(self.validation, slice(2000))
         self.base = pretrained_richboynet(torch.device("cpu"))
         path = DATA / "rates.json"
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -303,16 +311,24 @@ class Sweep:
         errors = self.chosen.setdefault(name, {})
         while waiting:
             for k in waiting:
-                counts = errors.setdefault(rate_key(k), [])
-                for seed in SEEDS[len(counts) :]:
-                    counts.append(self.errors(name, 0.01 * 2.0**k, seed, self.validation))
-                    self.write()
-            best = round(math.log2(best_rate(errors) / 0.01))
+                self.try_rate(name, k)
+            whole = {rate: errors[rate] for rate in map(rate_key, range(-20, 20)) if rate in errors}
+            best = round(math.log2(best_rate(whole) / 0.01))
             beside = (best - 1, best + 1)
             waiting = [k for k in beside if len(errors.get(rate_key(k), [])) < len(SEEDS)]
+        if METHODS[name].rule is not None:
+            self.try_rate(name, METHODS[name].rule)
         self.chosen[name] = dict(sorted(errors.items(), key=lambda item: float(item[0])))
         print(name, self.chosen[name], flush=True)
         self.write()
+
+    def try_rate(self, name: str, k: float) -> None:
+        """Count validation errors at the rate 0.01·2^k with the seeds that are missing."""
+        counts = self.chosen[name].setdefault(rate_key(k), [])
+        for seed in SEEDS[len(counts) :]:
+            digits = self.validation if name.endswith(LONG) else self.part
+            counts.append(self.errors(name, float(rate_key(k)), seed, digits))
+            self.write()
 
     def run_test(self, name: str, seeds: int, rate: float, counts: list[int]) -> None:
         """Count errors on test digits with the seeds that are missing."""
@@ -360,6 +376,7 @@ class Sweep:
         results["test of the cut"] = self.cuts
         facts = {
             "validation": "errors in 2,000 rotated validation digits, for each rate and seed",
+            "validation of 200 batches": "the same in 10,000 digits",
             "validation seeds": SEEDS,
             "test": "errors in 10,000 rotated test digits at the best rate, for seeds 0, 1, …",
             "test of the cut": f"the same of {TWO_WEIGHTS}, of whose ΔW rank r is kept",

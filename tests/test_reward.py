@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import lora_chat
 import lora_reward
 import lora_utils
 from experiments import sweep_reward
@@ -317,3 +318,16 @@ def test_shuffled_rewards_stay_with_their_prompt():
     shuffled = sweep_reward.shuffled(lambda prompts, answers: rewards)(None, None)
     assert torch.equal(shuffled.sum(dim=1), rewards.sum(dim=1))
     assert not torch.equal(shuffled, rewards)
+
+
+def test_the_run_of_trl_asked_new_questions_and_paid_what_the_reward_says():
+    from experiments import reward_with_trl  # takes seconds to import
+
+    stored = json.loads((DATA / "reward_with_trl.json").read_text(encoding="utf-8"))["results"]
+    trained = lora_chat.make_pairs(200, lora_chat.KNOWN_TABLES, seed=2) + reward_with_trl.EXAMPLES
+    seen = {question for question, _ in trained}
+    for found in (stored["before"], stored["after"]):
+        assert not seen & {x["question"] for x in found}
+        answers = [[{"content": x["answer"]}] for x in found]
+        tables = [x["right"].split()[0] for x in found]
+        assert reward_with_trl.reward(answers, tables) == [x["reward"] for x in found]
