@@ -416,7 +416,8 @@ def main() -> None:
             k = round(math.log2(best_rate(short) / 0.01))
         sweep.search(name, [k - 1, k, k + 1])
     shown = [name + LONG for name in ("full", TWO_WEIGHTS, "r = 64, α = 16", "r = 64, α = 32")]
-    shown += [sweep.best(long_own_rate_names(name)) for name in ("full", TWO_WEIGHTS)]
+    for name in ("full", TWO_WEIGHTS):  # the best, and what was best in the short runs
+        shown += [sweep.best(long_own_rate_names(name)), own_rate_name(name, "1/16") + LONG]
     for name in shown + [sweep.best(long_names(rank)) for rank in LONG_ALPHAS]:
         sweep.test_best(name, MANY)
 
