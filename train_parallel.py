@@ -213,9 +213,16 @@ def main() -> None:
 
 
 def leave_together() -> None:
-    """Leave the group once all processes are done: gloo may abort one whose peers have left."""
+    """End this process once all are done: call it last.
+
+    gloo may abort a process whose peers have left, or in the interpreter's last steps, which tidy
+    up. So all leave together, and leave those steps out.
+    """
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def launch(script: Path, *options, processes: int = 2, timeout: float = 300) -> tuple[int, str]:

@@ -284,14 +284,15 @@ def test_gpus_are_used_if_there_is_one_for_each_process(monkeypatch, tmp_path, g
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(worker, "train", lambda device, job, **_: used.append((device, job)) or {})
     fake = {"init_process_group": used.append, "get_rank": lambda: 1, "get_world_size": lambda: 2}
-    left = []  # gloo may abort a process whose peers have left, so all leave together
+    left = []  # gloo may abort a process whose peers have left, or that tidies up at its end
     fake["barrier"] = lambda: left.append("barrier")
     fake["destroy_process_group"] = lambda: left.append("destroy")
     monkeypatch.setattr(worker, "dist", SimpleNamespace(**fake))
+    monkeypatch.setattr(worker.os, "_exit", left.append)
     worker.main()
     device = CPU if backend == "gloo" else torch.device("cuda", 1)
     assert used == [backend, (device, worker.Job(rank=3))]
-    assert left == ["barrier", "destroy"]
+    assert left == ["barrier", "destroy", 0]
     assert (tmp_path / "process1.json").exists()
 
 
