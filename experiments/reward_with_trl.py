@@ -4,8 +4,8 @@ python experiments/reward_with_trl.py [STEPS]   writes data/reward_with_trl.json
 
 The reward is 1 if the answer is a query of the language of notebook 8 about the table that the
 question names, 1/2 if it at least begins with that table, else 0. That is less than to be right.
-Four examples stand in the prompt: without them, or without the half, all rewards of the first
-steps were 0: nothing is learnt. Before and after the 40 steps the model answers 40 new questions,
+Four examples stand in the prompt: without them all rewards of the first steps were 0: nothing is
+learnt. Before and after the 40 steps the model answers 40 new questions,
 most likely token by most likely token. It takes under half an hour with one thread.
 """
 
