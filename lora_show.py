@@ -155,9 +155,8 @@ COLORS = {
     "factors": "#e69f00",
     "TIES": "#12a3a3",
     "random": "#b8860b",
-    # Rewards: thirteen numbers trained, answers kept and imitated, tokens banned
+    # Rewards: thirteen numbers trained, tokens banned
     "13 numbers": "#a806f9",
-    "kept answers": "#51defb",
     "ban": "#ae0404",
     # Texts
     "Austen": "#1b4f72",

@@ -5,8 +5,8 @@ python experiments/reward_with_trl.py [STEPS]   writes data/reward_with_trl.json
 The reward is 1 if the answer is a query of the language of notebook 8 about the table that the
 question names, 1/2 if it at least begins with that table, else 0. That is less than to be right.
 Four examples stand in the prompt: without them all rewards of the first steps were 0: nothing is
-learnt. Before and after the 40 steps the model answers 40 new questions,
-most likely token by most likely token. It takes under half an hour with one thread.
+learnt. Before and after the 40 steps the model answers 40 new questions, most likely token by most
+likely token. It takes under half an hour with one thread.
 """
 
 import os
@@ -36,6 +36,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 QUERY = re.compile(r"(\w+) \| .+ -> \w+( sort \w+ (up|down))? ;")
 EXAMPLES = make_pairs(4, KNOWN_TABLES, seed=0)
+TRAINING = make_pairs(200, KNOWN_TABLES, seed=2)
 
 
 def reward(completions, table, **_):
@@ -97,7 +98,7 @@ def main(steps: int) -> None:
             model=model,
             reward_funcs=reward,
             args=settings,
-            train_dataset=Dataset.from_list(conversations(make_pairs(200, KNOWN_TABLES, seed=2))),
+            train_dataset=Dataset.from_list(conversations(TRAINING)),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=1, lora_alpha=32, target_modules="all-linear"),
         )

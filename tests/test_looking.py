@@ -201,7 +201,7 @@ TOGETHER = [  # what may meet in one figure
     "NF4, int4, asymmetric, FP4, Lloyd–Max, theory, weights, base",
     "joint, factors, TIES, r4, r8, base",
     "random, r4, theory",
-    "13 numbers, kept answers, ban, biases, r1, r4, full, base, theory",
+    "13 numbers, ban, biases, r1, r4, full, base, theory",
     "Austen, Bible, Shakespeare, theory",
     "gain, loss",
 ]

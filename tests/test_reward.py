@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import lora_chat
 import lora_reward
 import lora_utils
 from experiments import sweep_reward
@@ -324,8 +323,7 @@ def test_the_run_of_trl_asked_new_questions_and_paid_what_the_reward_says():
     from experiments import reward_with_trl  # takes seconds to import
 
     stored = json.loads((DATA / "reward_with_trl.json").read_text(encoding="utf-8"))["results"]
-    trained = lora_chat.make_pairs(200, lora_chat.KNOWN_TABLES, seed=2) + reward_with_trl.EXAMPLES
-    seen = {question for question, _ in trained}
+    seen = {question for question, _ in reward_with_trl.TRAINING + reward_with_trl.EXAMPLES}
     for found in (stored["before"], stored["after"]):
         assert not seen & {x["question"] for x in found}
         answers = [[{"content": x["answer"]}] for x in found]
