@@ -127,6 +127,11 @@ def lora_name(rank: int, alpha: float) -> str:
     return f"r = {rank}, α = {alpha:g}"
 
 
+def peft_name(alpha: float) -> str:
+    """The name of rank 64 with A as PEFT starts it, and PEFT's α."""
+    return f"r = 64, lora_alpha = {alpha:g} in PEFT"
+
+
 def own_rate_name(name: str, times: str) -> str:
     """The name of a method whose fc1 has a rate of its own."""
     return f"{name}, rate of fc1 × {times}"
@@ -149,6 +154,12 @@ def both_random(layer: LoRALinear) -> None:
     """B is random too, and W₀ − sBA is stored, so that the model starts as the base."""
     layer.lora_B.data.normal_(std=1 / math.sqrt(layer.rank))
     layer.base.weight.data -= layer.delta_W().detach()
+
+
+def peft_A(layer: LoRALinear) -> None:
+    """A as PEFT starts it: uniform up to 1/√n, a standard deviation smaller by √3."""
+    bound = 1 / math.sqrt(layer.lora_A.shape[1])
+    layer.lora_A.data.uniform_(-bound, bound)
 
 
 def pissa(layer: LoRALinear) -> None:
@@ -185,6 +196,7 @@ ALPHAS = {
     128: (1024, 2048, 4096),
     256: (2048, 4096, 8192),
 }
+PEFT_ALPHAS = (8, 16, 32, 64, 128, 768)  # at rank 64
 FC1 = ("1/64", "1/16", "1/4", "4")  # the rate of fc1 as a multiple of the others'
 
 
@@ -224,6 +236,10 @@ METHODS |= {
     "last layer": Method(only("fc3"), range(-1, 2)),
     "biases": Method(only("bias"), range(4, 7)),
 }
+for alpha in PEFT_ALPHAS:
+    guess = round(rule_k(alpha))
+    change = lora(64, alpha, peft_A)
+    METHODS[peft_name(alpha)] = Method(change, range(guess - 1, guess + 2), rule=rule_k(alpha))
 BORROWER = lora_name(8, 16)  # also tested at the best rate of full fine-tuning
 for name in ("full", TWO_WEIGHTS):
     for times in FC1:
