@@ -65,6 +65,18 @@ def adapt(
     return model, losses
 
 
+def moved_A(base: nn.Module, model: nn.Module, change: Change, seed: int) -> list[float]:
+    """How far each A of an adapted model is from its start, as a share of its size there."""
+    start = copy.deepcopy(base)
+    torch.manual_seed(seed)  # as in adapt
+    change(start)
+    shares = []
+    for before, after in zip(lora_layers(start).values(), lora_layers(model).values(), strict=True):
+        distance = (after.lora_A - before.lora_A).norm() / before.lora_A.norm()
+        shares.append(distance.item())
+    return shares
+
+
 def everything(model: nn.Module) -> None:
     """Full fine-tuning."""
     model.requires_grad_(True)
